@@ -1,0 +1,55 @@
+# `make demo` and `make test` are the two habits to learn; the rest serves them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+UV_VERSION := 0.13.9
+UV ?= $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
+RUN := $(UV) run --frozen --all-extras --all-groups --no-sync
+
+.PHONY: help demo up down check format test test-unit test-local bench
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+.uv/bin/uv:
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not on PATH; install Python 3.11 or newer, or say PYTHON=<path>" >&2; exit 2; }
+	@echo "uv is not installed: fetching uv $(UV_VERSION) into .uv (a few seconds)"
+	@$(PYTHON) -m venv .uv
+	@.uv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+.venv/.synced: pyproject.toml uv.lock | $(filter .uv/bin/uv,$(UV))
+	@echo "making the locked environment in .venv (about half a minute with an empty cache)"
+	@$(UV) sync --frozen --all-extras --all-groups
+	@touch $@
+
+demo: .venv/.synced ## Stand up the local stack, run the scenarios on real inference, print their answers
+	@$(RUN) llmtrace demo
+
+up: .venv/.synced ## Stand up the local stack only
+	@$(RUN) llmtrace up
+
+down: .venv/.synced ## Stop the local stack
+	@$(RUN) llmtrace down
+
+format: .venv/.synced ## Format the code
+	$(RUN) ruff format .
+	$(RUN) ruff check --fix .
+
+check: .venv/.synced ## Lint, types, playbooks, shell (no stack needed)
+	scripts/check
+
+test-unit: .venv/.synced ## Unit and contract tests only (seconds)
+	$(RUN) pytest tests/unit tests/contract
+
+test-local: .venv/.synced ## Tests against the real local stack (stands it up first)
+	$(RUN) llmtrace up
+	$(RUN) pytest tests/local
+
+test: check ## Everything that CI runs
+	$(RUN) llmtrace up
+	$(RUN) pytest tests
+
+bench: .venv/.synced ## Benchmarks: ratios measured side by side in one run
+	$(RUN) python -m bench

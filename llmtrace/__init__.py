@@ -1,0 +1,3 @@
+"""Distributed tracing of LLM inference on llm-d."""
+
+__version__ = "0.1.0"
