@@ -1,0 +1,245 @@
+"""The commands that drive scenarios and read their traces: run, answer, verify, trace."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from llmtrace.errors import UserError
+from llmtrace.perfetto import perfetto_json
+from llmtrace.render import tree
+from llmtrace.report import prefix_cache_html
+from llmtrace.scenarios import attributes as a
+from llmtrace.scenarios.driver import Driver, Settings
+from llmtrace.scenarios.expectation import CLOCK_TOLERANCE_MS
+from llmtrace.scenarios.prefix_cache import ARMS, EXPECTATION, NAME
+from llmtrace.scenarios.prefix_cache_answer import answer as compute_answer
+from llmtrace.scenarios.prefix_cache_text import answer_text, verification_text
+from llmtrace.scenarios.runs import latest_run, load_run, wait_for
+from llmtrace.scenarios.smoke import send_smoke_requests
+from llmtrace.scenarios.smoke import verify as verify_traces
+from llmtrace.scenarios.workload import Workload
+from llmtrace.stack import Stack
+from llmtrace.telemetry import setup_tracing
+from llmtrace.traces.model import Trace
+from llmtrace.traces.tempo import TempoClient
+
+FLUSH_TIMEOUT_MS = 10_000
+MIN_WIDTH = 150
+"""Columns of output that goes into a file or a pipe."""
+
+Scenario = Annotated[str, typer.Argument(help="The scenario: prefix-cache.")]
+Store = Annotated[
+    str | None, typer.Option(help="Base URL of the trace store (or of Tempo); default: the stack's.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def run(
+    scenario: Scenario = NAME,
+    blocks: Annotated[int, typer.Option(help="Blocks; each is sent by both arms.")] = 3,
+    conversations: Annotated[int, typer.Option(help="Conversations of each tenant in a block.")] = 2,
+    turns: Annotated[int, typer.Option(help="Turns of each conversation.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of the workload.")] = 1,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, max=1024, help="Tokens to generate for each request.")
+    ] = 8,
+    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Conversations at the same time.")] = 2,
+    request_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one request.")] = 60.0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for the whole run.")] = 900.0,
+    store: Store = None,
+) -> None:
+    """Drive a scenario's workload through the stack, and wait until its traces are in the store."""
+    _known(scenario)
+    stack = Stack.load()
+    workload = Workload(blocks, conversations, turns, seed)
+    settings = _settings(
+        stack,
+        max_tokens=max_tokens,
+        concurrency=concurrency,
+        request_timeout_s=request_timeout,
+        run_timeout_s=timeout,
+    )
+    tempo = TempoClient(store or stack.store)
+    console = Console(stderr=True)
+    provider = setup_tracing(a.CLIENT_SERVICE, "driver", default_endpoint=stack.collector_otlp_grpc)
+    try:
+        driver = Driver(settings, provider)
+        with _progress(console) as bars:
+            tasks = {arm: bars.add_task(f"{arm} routing", total=workload.size) for arm in ARMS}
+            driver.progress = lambda arm: bars.advance(tasks[arm])
+            record = asyncio.run(driver.run(workload))
+        provider.force_flush(FLUSH_TIMEOUT_MS)
+    finally:
+        provider.shutdown()
+    record.save(stack.run_dir)
+    ids = [trace_id for found in record.trace_ids.values() for trace_id in found]
+    with console.status("waiting for the traces to reach the store"):
+        seen = wait_for(tempo, ids, _complete, timeout_s=30)
+    late = sum(trace is None or not _complete(trace) for trace in seen.values())
+    console.print(
+        f"run {record.run_id}: {record.requests} requests in {record.seconds:.0f} s, {record.failed} failed"
+        + (f"; {late} traces are not complete in the store yet" if late else "")
+    )
+    console.print(f"next: llmtrace answer {scenario}    one trace: llmtrace trace {ids[-1]}")
+
+
+def answer(
+    scenario: Scenario = NAME,
+    run_id: Annotated[
+        str | None, typer.Option("--run", help="Run id; default: the latest in the store.")
+    ] = None,
+    as_json: Json = False,
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.")] = None,
+    store: Store = None,
+) -> None:
+    """Answer a scenario's question from the traces of a run."""
+    _known(scenario)
+    tempo = TempoClient(store or Stack.load().store)
+    run_id = run_id or latest_run(tempo, scenario)
+    found = compute_answer(run_id, load_run(tempo, run_id))
+    if html is not None:
+        _write(html, prefix_cache_html(found))
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+        return
+    console = _console()
+    for part in answer_text(found):
+        console.print(part)
+    if html is not None:
+        console.print(f"report: {html}")
+    worst = (
+        found.missed[0].trace_id
+        if found.missed
+        else (found.pairs[0].candidate_trace_id if found.pairs else "ID")
+    )
+    console.print(f"next: llmtrace trace {worst}" + ("" if html else "    plots: --html FILE"))
+
+
+def verify(
+    scenario: Scenario = NAME,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for complete traces.")] = 30.0,
+    clock_tolerance_ms: Annotated[
+        float,
+        typer.Option(min=0, help="How far a span may lie outside of its parent's time, in milliseconds."),
+    ] = CLOCK_TOLERANCE_MS,
+    as_json: Json = False,
+    store: Store = None,
+) -> None:
+    """Send a few requests and check that each gives one complete trace (exit code 1 if not)."""
+    _known(scenario)
+    stack = Stack.load()
+    tempo = TempoClient(store or stack.store)
+    provider = setup_tracing(a.CLIENT_SERVICE, "driver", default_endpoint=stack.collector_otlp_grpc)
+    driver = Driver(_settings(stack, max_tokens=4), provider)
+    driver.run_id = f"verify-{driver.run_id}"
+    try:
+        sent = asyncio.run(send_smoke_requests(driver))
+        provider.force_flush(FLUSH_TIMEOUT_MS)
+    finally:
+        provider.shutdown()
+    with Console(stderr=True).status("waiting for the traces to reach the store"):
+        result = verify_traces(
+            tempo,
+            sent,
+            scenario,
+            EXPECTATION,
+            timeout_s=timeout,
+            clock_tolerance_ms=clock_tolerance_ms,
+            failed_requests=driver.failures,
+        )
+    if as_json:
+        typer.echo(result.model_dump_json(indent=2))
+    else:
+        console = _console()
+        for part in verification_text(result):
+            console.print(part)
+        if result.ok:
+            console.print(f"next: llmtrace trace {result.traces[0].trace_id}")
+        else:
+            console.print(f"logs: {stack.log_dir}    components: llmtrace status")
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+def trace(
+    trace_id: Annotated[str, typer.Argument(help="Trace id: 32 hexadecimal digits.")],
+    as_json: Json = False,
+    perfetto: Annotated[Path | None, typer.Option(help="Write it for ui.perfetto.dev here.")] = None,
+    store: Store = None,
+) -> None:
+    """Print one trace as a tree with a time bar."""
+    wanted = trace_id.strip().lower()
+    if len(wanted) != 32 or not all(c in "0123456789abcdef" for c in wanted):
+        raise UserError(
+            f"{trace_id!r} is no trace id: give 32 hexadecimal digits, as `llmtrace answer` prints them"
+        )
+    tempo = TempoClient(store or Stack.load().store)
+    found = tempo.trace(wanted)
+    if found is None or not found.spans:
+        raise UserError(
+            f"the store has no trace {wanted}; a fresh trace needs some seconds, an old one may be dropped"
+        )
+    if perfetto is not None:
+        _write(perfetto, perfetto_json([found]))
+    if as_json:
+        typer.echo(trace_json(found))
+        return
+    console = _console()
+    console.print(tree(found))
+    if perfetto is not None:
+        console.print(f"open {perfetto} in https://ui.perfetto.dev")
+
+
+def trace_json(found: Trace) -> str:
+    """A trace as JSON: the fields of :class:`llmtrace.traces.model.Span`, bytes as hex."""
+    return json.dumps(asdict(found), indent=2, default=lambda value: bytes(value).hex())
+
+
+def _known(scenario: str) -> None:
+    if scenario != NAME:
+        raise UserError(f"there is no scenario {scenario!r}; there is: {NAME}")
+
+
+def _settings(stack: Stack, **changes: float) -> Settings:
+    servers = {server.name: server.url for server in stack.servers}
+    return Settings(NAME, stack.model, stack.gateways, servers, ARMS, **changes)  # type: ignore[arg-type]
+
+
+def _complete(found: Trace) -> bool:
+    """Whether a request's trace has what the answer reads; a failed request needs no model server."""
+    if not any(s.service == a.CLIENT_SERVICE for s in found.spans):
+        return False
+    failed = any(s.status == "ERROR" for s in found.spans)
+    return failed or (bool(found.named("gateway.request")) and bool(found.named("llm_request")))
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, MIN_WIDTH))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); give another file") from None

@@ -1,0 +1,1 @@
+"""What the playbooks' modules and ``llmtrace up | down | status | doctor`` share."""

@@ -1,0 +1,148 @@
+"""Talk to the stack's supervisord over its unix socket."""
+
+from __future__ import annotations
+
+import http.client
+import subprocess
+import sys
+import time
+import xmlrpc.client
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+from supervisor.xmlrpc import SupervisorTransport
+
+from llmtrace.errors import UserError
+
+
+@dataclass(frozen=True)
+class Process:
+    """A supervised process; ``state`` is supervisord's (RUNNING, STARTING, BACKOFF, FATAL, STOPPED, ...)."""
+
+    name: str
+    state: str
+    pid: int
+    uptime_s: int
+    log: Path
+
+
+@dataclass(frozen=True)
+class Update:
+    """Process names by what an update does to them."""
+
+    added: list[str]
+    changed: list[str]
+    removed: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.changed or self.removed)
+
+    def __str__(self) -> str:
+        parts = (("started", self.added), ("restarted", self.changed), ("stopped", self.removed))
+        return "; ".join(f"{verb} {', '.join(names)}" for verb, names in parts if names) or "nothing to do"
+
+
+class Supervisor:
+    """A supervisord by its unix socket; calls raise UserError where it does not answer."""
+
+    def __init__(self, socket: Path) -> None:
+        self.socket = socket
+
+    def _call(self, method: str, *arguments: object) -> Any:
+        # A transport whose connection failed once stays unusable, so each call has its own.
+        transport = SupervisorTransport(None, None, f"unix://{self.socket}")
+        try:
+            with xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport) as proxy:
+                return getattr(proxy.supervisor, method)(*arguments)
+        except xmlrpc.client.Fault as fault:
+            raise UserError(f"supervisord refused {method}{arguments}: {fault.faultString}") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(
+                f"No supervisord answers on {self.socket} ({error or type(error).__name__}): "
+                "run `llmtrace up`"
+            ) from None
+
+    def pid(self) -> int | None:
+        """Process id of supervisord; None where none answers."""
+        try:
+            return cast("int", self._call("getPID"))
+        except UserError:
+            return None
+
+    def launch(self, conf: Path, timeout_s: float = 20) -> None:
+        """Start supervisord with ``conf`` as a daemon and wait until it answers.
+
+        Raises UserError with supervisord's own words where it refuses its configuration.
+        """
+        command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(conf)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)  # noqa: S603
+        if done.returncode:
+            words = (done.stderr.strip() or done.stdout.strip()).splitlines()
+            raise UserError(f"supervisord did not start with {conf}: {words[-1] if words else 'no output'}")
+        deadline = time.monotonic() + timeout_s
+        while self.pid() is None:
+            if time.monotonic() > deadline:
+                raise UserError(f"supervisord did not answer on {self.socket} within {timeout_s:g} s")
+            time.sleep(0.1)
+
+    def processes(self) -> list[Process]:
+        """All processes, in supervisord's order."""
+        return [
+            Process(
+                name=info["name"],
+                state=info["statename"],
+                pid=info["pid"],
+                uptime_s=info["now"] - info["start"] if info["pid"] else 0,
+                log=Path(info["stdout_logfile"]),
+            )
+            for info in self._call("getAllProcessInfo")
+        ]
+
+    def pending(self) -> Update:
+        """What an update would do, by the configuration files on disk."""
+        ((added, changed, removed),) = self._call("reloadConfig")
+        return Update(added, changed, removed)
+
+    def update(self) -> Update:
+        """Start, restart and stop exactly the processes whose configuration changed."""
+        update = self.pending()
+        for name in (*update.changed, *update.removed):
+            self._call("stopProcessGroup", name)
+            self._call("removeProcessGroup", name)
+        for name in (*update.changed, *update.added):
+            self._call("addProcessGroup", name)
+        return update
+
+    def revive(self) -> list[str]:
+        """Start processes that are stopped or gave up; return their names."""
+        down = [
+            process.name for process in self.processes() if process.state in {"STOPPED", "EXITED", "FATAL"}
+        ]
+        for name in down:
+            self._call("startProcess", name, False)
+        return down
+
+    def restart(self, name: str) -> None:
+        """Stop and start one process."""
+        self._call("stopProcess", name)
+        self._call("startProcess", name)
+
+    def shutdown(self, timeout_s: float = 60) -> bool:
+        """Stop all processes and supervisord itself; return whether one was running."""
+        pid = self.pid()
+        if pid is None:
+            return False
+        self._call("shutdown")
+        # It answers nothing while it stops its processes, and ends after the last one.
+        try:
+            psutil.Process(pid).wait(timeout_s)
+        except psutil.NoSuchProcess:
+            pass
+        except psutil.TimeoutExpired:
+            raise UserError(
+                f"supervisord (process {pid}) did not stop its processes within {timeout_s:g} s: "
+                f"see its log, and stop process {pid} yourself"
+            ) from None
+        return True

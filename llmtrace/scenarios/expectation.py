@@ -1,0 +1,265 @@
+"""The trace that a request must produce, declared as data, and the check of a trace against it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from fnmatch import fnmatchcase
+
+from pydantic import BaseModel, ConfigDict
+
+from llmtrace.traces.model import Span, Trace
+
+CLOCK_TOLERANCE_MS = 10.0
+"""How far a child may lie outside of its parent's time: clocks of different hosts, and spans that a proxy
+closes only after it has handed the last byte on."""
+
+
+class Fault(StrEnum):
+    """What can be wrong with a trace."""
+
+    MISSING = "missing"
+    COUNT = "count"
+    PARENT = "parent"
+    ROOT = "root"
+    ORPHAN = "orphan"
+    CYCLE = "cycle"
+    DUPLICATE = "duplicate"
+    TIME = "time"
+    ATTRIBUTE = "attribute"
+    ERROR = "error"
+    TRACE_ID = "trace-id"
+
+
+class Problem(BaseModel):
+    """One thing that is wrong with a trace, the component that is to blame, and where to look."""
+
+    model_config = ConfigDict(frozen=True)
+    trace_id: str
+    fault: Fault
+    component: str
+    message: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class ExpectedSpan:
+    """A span that a trace must have.
+
+    ``name`` and ``service`` are shell-style patterns. ``parents`` are keys of other expected spans, any of
+    which may be the parent; none makes the span a root. ``count_from`` names the expected span and its
+    attribute that say how many there must be; otherwise one or, with ``many``, at least one. ``may_end_late``
+    allows the span to outlive its parent.
+    """
+
+    key: str
+    component: str
+    service: str
+    name: str
+    parents: tuple[str, ...] = ()
+    kind: str | None = None
+    attributes: tuple[str, ...] = ()
+    many: bool = False
+    count_from: tuple[str, str] | None = None
+    may_end_late: bool = False
+
+    def matches(self, span: Span) -> bool:
+        """Whether the span is one of these."""
+        return (
+            fnmatchcase(span.service, self.service)
+            and fnmatchcase(span.name, self.name)
+            and self.kind in (None, span.kind)
+        )
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """Everything that a scenario expects of one request's trace.
+
+    ``hints`` says for each component what to look at when it sent no spans.
+    """
+
+    spans: tuple[ExpectedSpan, ...]
+    hints: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        keys = {e.key for e in self.spans}
+        named = {p for e in self.spans for p in e.parents} | {
+            e.count_from[0] for e in self.spans if e.count_from
+        }
+        if unknown := named - keys:
+            raise ValueError(f"an expectation refers to unknown spans: {', '.join(sorted(unknown))}")
+
+    def classify(self, span: Span) -> ExpectedSpan | None:
+        """The first expected span that this one matches."""
+        return next((e for e in self.spans if e.matches(span)), None)
+
+    def component(self, span: Span) -> str:
+        """The component that sent a span, by its service."""
+        return next(
+            (e.component for e in self.spans if fnmatchcase(span.service, e.service)),
+            span.service or "unknown",
+        )
+
+
+def verify_trace(
+    trace: Trace, expectation: Expectation, *, clock_tolerance_ms: float = CLOCK_TOLERANCE_MS
+) -> list[Problem]:
+    """Everything in which a trace differs from the expectation; an empty list is a good trace.
+
+    Spans that the expectation does not know are welcome, as long as they hang in the same tree, once each and
+    in time.
+    """
+    return list(_Verification(trace, expectation, clock_tolerance_ms).problems())
+
+
+class _Verification:
+    def __init__(self, trace: Trace, expectation: Expectation, clock_tolerance_ms: float) -> None:
+        self.trace = trace
+        self.expectation = expectation
+        self.tolerance_ns = int(clock_tolerance_ms * 1e6)
+        self.tolerance_ms = clock_tolerance_ms
+        self.classes = {id(span): expectation.classify(span) for span in trace.spans}
+        self.distinct = tuple(trace.by_id.values())
+
+    def problems(self) -> Iterator[Problem]:
+        for expected in self.expectation.spans:
+            yield from self._presence(expected)
+        yield from self._shape()
+        for span in self.distinct:
+            yield from self._identity(span)
+            yield from self._time(span)
+            if expected_span := self.classes[id(span)]:
+                yield from self._against(span, expected_span)
+
+    def _problem(self, fault: Fault, component: str, message: str) -> Problem:
+        hint = self.expectation.hints.get(component, "")
+        return Problem(
+            trace_id=self.trace.trace_id, fault=fault, component=component, message=message, hint=hint
+        )
+
+    def _found(self, key: str) -> list[Span]:
+        return [s for s in self.distinct if (e := self.classes[id(s)]) is not None and e.key == key]
+
+    def _presence(self, expected: ExpectedSpan) -> Iterator[Problem]:
+        found = len(self._found(expected.key))
+        if found == 0:
+            yield self._problem(
+                Fault.MISSING, expected.component, f"no span {expected.name!r} from {expected.component}"
+            )
+            return
+        wanted = None if expected.many else 1
+        if expected.count_from:
+            key, attribute = expected.count_from
+            counts = [n for s in self._found(key) if isinstance(n := s.attributes.get(attribute), int)]
+            wanted = sum(counts) if counts else None
+        if wanted is not None and found != wanted:
+            message = f"{found} spans {expected.name!r} from {expected.component} where {wanted} must be"
+            fault = Fault.MISSING if found < wanted else Fault.COUNT
+            yield self._problem(fault, expected.component, message)
+
+    def _shape(self) -> Iterator[Problem]:
+        for span_id in self.trace.duplicates:
+            span = self.trace.by_id[span_id]
+            yield self._problem(
+                Fault.DUPLICATE,
+                self.expectation.component(span),
+                f"span {span.name!r} ({span_id}) came more than once",
+            )
+        for span in self.trace.orphans:
+            yield from self._orphan(span)
+        for span in self.trace.roots:
+            expected = self.classes[id(span)]
+            if expected is None or expected.parents:
+                component = self.expectation.component(span)
+                yield self._problem(Fault.ROOT, component, f"span {span.name!r} of {component} has no parent")
+        reached = {id(span) for _, span in self.trace.walk()}
+        for span in self.distinct:
+            if id(span) not in reached:
+                component = self.expectation.component(span)
+                yield self._problem(
+                    Fault.CYCLE, component, f"span {span.name!r} of {component} is its own ancestor"
+                )
+
+    def _orphan(self, span: Span) -> Iterator[Problem]:
+        component = self.expectation.component(span)
+        expected = self.classes[id(span)]
+        absent = [
+            e
+            for e in self.expectation.spans
+            if expected and e.key in expected.parents and not self._found(e.key)
+        ]
+        suspects = " or ".join(f"{e.name!r} from {e.component}" for e in absent)
+        yield self._problem(
+            Fault.ORPHAN,
+            absent[0].component if absent else component,
+            f"span {span.name!r} of {component} hangs under {span.parent_id}, which is not in the trace"
+            + (f": it should be {suspects}" if suspects else ""),
+        )
+
+    def _identity(self, span: Span) -> Iterator[Problem]:
+        if span.trace_id != self.trace.trace_id:
+            component = self.expectation.component(span)
+            yield self._problem(
+                Fault.TRACE_ID, component, f"span {span.name!r} belongs to trace {span.trace_id}"
+            )
+        if span.status == "ERROR":
+            component = self.expectation.component(span)
+            text = f": {span.status_message}" if span.status_message else ""
+            yield self._problem(
+                Fault.ERROR, component, f"span {span.name!r} of {component} ended with an error{text}"
+            )
+
+    def _time(self, span: Span) -> Iterator[Problem]:
+        component = self.expectation.component(span)
+        if span.end_ns < span.start_ns:
+            yield self._problem(
+                Fault.TIME, component, f"span {span.name!r} of {component} ends before it starts"
+            )
+        parent = self.trace.parent(span)
+        if parent is None:
+            return
+        expected = self.classes[id(span)]
+        early = parent.start_ns - span.start_ns
+        late = max(span.end_ns, span.start_ns) - parent.end_ns
+        for excess, word in ((early, "starts {:.1f} ms before"), (late, "ends {:.1f} ms after")):
+            if excess > self.tolerance_ns and not (excess == late and expected and expected.may_end_late):
+                yield self._problem(
+                    Fault.TIME,
+                    component,
+                    f"span {span.name!r} of {component} {word.format(excess / 1e6)} "
+                    f"its parent {parent.name!r} (tolerance {self.tolerance_ms:g} ms)",
+                )
+
+    def _against(self, span: Span, expected: ExpectedSpan) -> Iterator[Problem]:
+        if missing := [name for name in expected.attributes if span.attributes.get(name) is None]:
+            yield self._problem(
+                Fault.ATTRIBUTE,
+                expected.component,
+                f"span {span.name!r} of {expected.component} lacks {', '.join(missing)}",
+            )
+        parent = self.trace.parent(span)
+        if parent is not None and not self._allowed(parent, expected):
+            yield self._problem(
+                Fault.PARENT,
+                expected.component,
+                f"span {span.name!r} of {expected.component} hangs under {parent.name!r} of "
+                f"{self.expectation.component(parent)}, not under "
+                f"{' or '.join(expected.parents) or 'nothing'}",
+            )
+        elif span.parent_id is not None and not expected.parents:
+            yield self._problem(
+                Fault.PARENT,
+                expected.component,
+                f"span {span.name!r} of {expected.component} must be the root",
+            )
+
+    def _allowed(self, parent: Span, expected: ExpectedSpan) -> bool:
+        """Whether the parent is one of the expected; helper spans of the same component may stand between."""
+        step: Span | None = parent
+        for step in (parent, *self.trace.ancestors(parent)):
+            known = self.classes[id(step)]
+            if known is not None:
+                return known.key in expected.parents
+        return False

@@ -1,0 +1,86 @@
+"""The smoke test: a few requests with known trace ids, and a check of every trace that they must produce."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pydantic import BaseModel, ConfigDict
+
+from llmtrace.errors import UserError
+from llmtrace.scenarios.driver import Driver
+from llmtrace.scenarios.expectation import CLOCK_TOLERANCE_MS, Expectation, Problem, verify_trace
+from llmtrace.scenarios.runs import wait_for
+from llmtrace.scenarios.workload import Request, Workload
+from llmtrace.traces.model import Trace
+from llmtrace.traces.tempo import TempoClient
+
+PER_ARM = 2
+
+
+class VerifiedTrace(BaseModel):
+    """One request's trace and everything that is wrong with it."""
+
+    model_config = ConfigDict(frozen=True)
+    trace_id: str
+    arm: str
+    spans: int
+    problems: list[Problem]
+
+
+class Verification(BaseModel):
+    """The outcome of the smoke test."""
+
+    model_config = ConfigDict(frozen=True)
+    scenario: str
+    clock_tolerance_ms: float
+    ok: bool
+    failed_requests: list[str]
+    traces: list[VerifiedTrace]
+
+
+def smoke_requests() -> list[Request]:
+    """The first turns of a small workload, one block apart from any measured run."""
+    chats = Workload(blocks=1, conversations=1, turns=1).chats(0)
+    return [replace(chat.requests[0], pair_id=f"verify-{n}") for n, chat in enumerate(chats[:PER_ARM])]
+
+
+async def send_smoke_requests(driver: Driver) -> dict[str, str]:
+    """Send the requests by each arm; returns the arm by trace id."""
+    sent = {}
+    for arm in driver.settings.arms:
+        for request in smoke_requests():
+            sent[await driver.send_one(arm, request)] = arm
+    if not sent:
+        raise UserError("the stack has no gateway to send requests to; run `llmtrace up`")
+    return sent
+
+
+def verify(
+    store: TempoClient,
+    sent: dict[str, str],
+    scenario: str,
+    expectation: Expectation,
+    *,
+    timeout_s: float,
+    clock_tolerance_ms: float = CLOCK_TOLERANCE_MS,
+    failed_requests: list[str] | None = None,
+) -> Verification:
+    """Wait until every trace is right, or ``timeout_s`` is over, and say what is wrong with each then."""
+
+    def problems(trace: Trace) -> list[Problem]:
+        return verify_trace(trace, expectation, clock_tolerance_ms=clock_tolerance_ms)
+
+    seen = wait_for(store, list(sent), lambda trace: not problems(trace), timeout_s)
+    checked = []
+    for trace_id, arm in sent.items():
+        trace = seen[trace_id] or Trace(trace_id, ())
+        checked.append(
+            VerifiedTrace(trace_id=trace_id, arm=arm, spans=len(trace.spans), problems=problems(trace))
+        )
+    return Verification(
+        scenario=scenario,
+        clock_tolerance_ms=clock_tolerance_ms,
+        ok=not any(t.problems for t in checked) and not failed_requests,
+        failed_requests=failed_requests or [],
+        traces=checked,
+    )

@@ -1,0 +1,104 @@
+"""The state file of a running local stack: what runs where."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llmtrace.errors import UserError
+
+
+def state_home() -> Path:
+    """Folder of the local stack's state (XDG_STATE_HOME, by default ~/.local/state)."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "llmtrace-kit/local"
+
+
+def default_path() -> Path:
+    """Path of the state file: the variable LLMTRACE_STACK, else stack.json in the state folder."""
+    return Path(os.environ.get("LLMTRACE_STACK") or state_home() / "stack.json")
+
+
+class Part(BaseModel):
+    """Base of the state file's objects."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Server(Part):
+    """A model server: its name, base URL and supervised process."""
+
+    name: str
+    url: str
+    process: str
+
+
+class Picker(Part):
+    """An endpoint picker: its process, ports on 127.0.0.1 and EndpointPickerConfig file."""
+
+    process: str
+    grpc_port: int
+    health_port: int
+    metrics_port: int
+    config: Path
+
+
+class Stack(Part):
+    """A stack that was stood up. Addresses are base URLs without a trailing slash."""
+
+    profile: str
+    run_dir: Path
+    log_dir: Path
+    supervisor_conf: Path
+    model: str
+    gateways: dict[str, str]
+    servers: list[Server]
+    kv_block_size: int
+    pickers: dict[str, Picker]
+    envoy_admin: str
+    collector_otlp_grpc: str
+    collector_otlp_http: str
+    collector_health: str
+    store: str
+    prometheus: str
+    versions: dict[str, str]
+
+    @classmethod
+    def load(cls, path: Path | None = None) -> Stack:
+        """Read the state file.
+
+        Raises UserError where no stack is up or the file is not one of this version.
+        """
+        path = path or default_path()
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise UserError(f"No stack is up ({path} does not exist): run `llmtrace up`") from None
+        except (ValidationError, OSError) as error:
+            reason = (
+                f"{error.error_count()} fields do not fit"
+                if isinstance(error, ValidationError)
+                else error.strerror
+            )
+            raise UserError(
+                f"The state file {path} cannot be read ({reason}): run `llmtrace up` again"
+            ) from None
+
+    def save(self, path: Path) -> bool:
+        """Write the state file atomically; return whether its content changed."""
+        text = self.model_dump_json(indent=2) + "\n"
+        try:
+            if path.read_text() == text:
+                return False
+        except FileNotFoundError:
+            pass
+        temporary = path.with_suffix(".partial")
+        temporary.write_text(text)
+        temporary.replace(path)
+        return True
+
+    @property
+    def supervisor_socket(self) -> Path:
+        """The unix socket of the stack's supervisord."""
+        return self.run_dir / "supervisor.sock"

@@ -1,0 +1,38 @@
+"""Tracing set-up shared by the kit's own processes."""
+
+from __future__ import annotations
+
+import os
+
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+
+
+def setup_tracing(
+    service_name: str, instance_id: str | None = None, *, default_endpoint: str | None = None
+) -> TracerProvider:
+    """Make a tracer provider that exports by OTLP gRPC, configured by the OTEL_* variables of the SDK.
+
+    ``service_name`` and ``instance_id`` become service.name and service.instance.id; OTEL_SERVICE_NAME and
+    OTEL_RESOURCE_ATTRIBUTES overrule them. ``default_endpoint`` (http://host:port) is used where no variable
+    names an endpoint; without either, the SDK's http://localhost:4317. OTEL_SDK_DISABLED=true and
+    OTEL_TRACES_EXPORTER=none give a provider that exports nothing. The provider is not made global: the
+    caller owns it and shuts it down.
+    """
+    identity = {"service.name": service_name} | ({"service.instance.id": instance_id} if instance_id else {})
+    provider = TracerProvider(
+        resource=Resource.create({**identity, **OTELResourceDetector().detect().attributes})
+    )
+    if (
+        os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+        or os.environ.get("OTEL_TRACES_EXPORTER") == "none"
+    ):
+        return provider
+    endpoint = None if any(os.environ.get(name) for name in ENDPOINT_VARIABLES) else default_endpoint
+    insecure = True if endpoint and endpoint.startswith("http://") else None
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, insecure=insecure)))
+    return provider

@@ -1,0 +1,65 @@
+"""The configuration that the playbook renders, and the installed programs that validate it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from llmtrace.deploy import playbook
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmtrace-kit"
+
+
+def program(pattern: str) -> Path:
+    """The installed program at ``pattern`` in the cache; skips the test where `llmtrace up` never ran."""
+    found = sorted(path for path in CACHE.glob(pattern) if ".partial" not in str(path))
+    if not found:
+        pytest.skip(f"needs {CACHE / pattern}, which `llmtrace up` installs")
+    return found[-1]
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports on 127.0.0.1 that nobody uses."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in sockets]
+
+
+def render(state_home: Path, variables: Mapping[str, object]) -> Path:
+    """Render the configuration of the default inventory changed by ``variables``; return its folder."""
+    done = subprocess.run(
+        [
+            Path(sys.executable).parent / "ansible-playbook",
+            playbook.playbooks_dir() / "site.yml",
+            *(
+                "--tags",
+                "config,preflight",
+                "--skip-tags",
+                "doctor,install",
+                "--extra-vars",
+                json.dumps(variables),
+            ),
+        ],
+        env=os.environ
+        | {
+            "XDG_STATE_HOME": str(state_home),
+            "XDG_CACHE_HOME": str(CACHE.parent),
+            "ANSIBLE_CONFIG": str(playbook.CHECKOUT / "ansible.cfg"),
+        },
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return state_home / "llmtrace-kit/local/etc"

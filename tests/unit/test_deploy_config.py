@@ -1,0 +1,145 @@
+"""What the roles render, judged by the programs that read it."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from deployed import program, render
+from supervisor.options import ServerOptions
+
+from llmtrace.deploy import playbook
+
+CHANGED = {"vllm_servers": 2, "vllm_base_port": 18500, "vllm_block_size": 64, "store_port": 18501}
+
+
+@pytest.fixture(scope="module")
+def etc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return render(tmp_path_factory.mktemp("state"), CHANGED)
+
+
+def read(path: Path) -> Any:
+    return yaml.safe_load(path.read_text())
+
+
+def run(*command: object, env: dict[str, str] | None = None) -> None:
+    done = subprocess.run(
+        [str(part) for part in command], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def environment_of(etc: Path, process: str) -> dict[str, str]:
+    section = program_section(etc, process)
+    pairs = (part.split("=", 1) for part in section["environment"].split('",'))
+    return {name: value.strip('"') for name, value in pairs}
+
+
+def program_section(etc: Path, process: str) -> configparser.SectionProxy:
+    parser = configparser.RawConfigParser()
+    parser.read(etc / f"supervisor.d/{process}.ini")
+    return parser[f"program:{process}"]
+
+
+def test_envoy_accepts_its_bootstrap(etc: Path) -> None:
+    run(program("envoy/*/envoy/_bin/envoy"), "--mode", "validate", "--config-path", etc / "envoy.yaml")
+
+
+def test_promtool_accepts_prometheus_configuration(etc: Path) -> None:
+    run(program("prometheus/*/promtool"), "check", "config", etc / "prometheus.yaml")
+
+
+def test_the_collector_accepts_its_configuration(etc: Path) -> None:
+    configs = [f"--config={etc}/collector-{name}.yaml" for name in ("common", "span-metrics", "local")]
+    run(program("collector/*/otelcol"), "validate", *configs, env=environment_of(etc, "collector"))
+
+
+def test_supervisord_accepts_its_configuration(etc: Path) -> None:
+    options = ServerOptions()
+    options.realize(["-c", str(etc / "supervisord.conf")])
+    names = {group.name for group in options.process_group_configs}
+    assert names == {
+        *("envoy", "collector", "prometheus", "store"),
+        *("picker-prefix-aware", "picker-random", "vllm-0", "vllm-1"),
+    }
+
+
+def test_every_process_binds_to_loopback_only(etc: Path) -> None:
+    for path in etc.rglob("*"):
+        if path.is_file():
+            text = path.read_text()
+            assert "0.0.0.0" not in text, path
+            assert "[::]" not in text, path
+
+
+def test_the_inventory_reaches_every_file(etc: Path) -> None:
+    endpoints = read(etc / "endpoints.yaml")["endpoints"]
+    assert [(entry["name"], entry["address"], entry["port"]) for entry in endpoints] == [
+        ("vllm-0", "127.0.0.1", "18500"),
+        ("vllm-1", "127.0.0.1", "18501"),
+    ]
+    jobs = {job["job_name"]: job["static_configs"] for job in read(etc / "prometheus.yaml")["scrape_configs"]}
+    assert [target for entry in jobs["vllm"] for target in entry["targets"]] == [
+        "127.0.0.1:18500",
+        "127.0.0.1:18501",
+    ]
+    assert "--port 18501" in program_section(etc, "vllm-1")["command"]
+    assert "--block-size 64" in program_section(etc, "vllm-1")["command"]
+    assert environment_of(etc, "collector")["STORE_URL"] == "http://127.0.0.1:18501"
+
+
+@pytest.mark.parametrize(
+    ("arm", "chooser"), [("prefix-aware", "max-score-picker"), ("random", "random-picker")]
+)
+def test_the_arms_differ_only_in_who_chooses(etc: Path, arm: str, chooser: str) -> None:
+    config = read(etc / f"picker-{arm}.yaml")
+    assert (config["apiVersion"], config["kind"]) == ("llm-d.ai/v1alpha1", "EndpointPickerConfig")
+    types = [plugin["type"] for plugin in config["plugins"]]
+    assert types == [
+        *("file-discovery", "approx-prefix-cache-producer"),
+        *("prefix-cache-scorer", "queue-scorer", "kv-cache-utilization-scorer", chooser),
+    ]
+    (profile,) = config["schedulingProfiles"]
+    references = [(entry["pluginRef"], entry.get("weight")) for entry in profile["plugins"]]
+    assert references == [
+        *(("prefix-cache-scorer", 2), ("queue-scorer", 1), ("kv-cache-utilization-scorer", 1)),
+        (chooser, None),
+    ]
+    names = {plugin.get("name", plugin["type"]) for plugin in config["plugins"]}
+    assert {name for name, _ in references} | {config["dataLayer"]["discovery"]["pluginRef"]} <= names
+    assert config["plugins"][1]["parameters"]["blockSizeTokens"] == 64
+
+
+def managers(etc: Path) -> list[dict[str, Any]]:
+    listeners = read(etc / "envoy.yaml")["static_resources"]["listeners"]
+    return [listener["filter_chains"][0]["filters"][0]["typed_config"] for listener in listeners]
+
+
+def test_envoy_passes_the_embedded_pickers_context_on(etc: Path) -> None:
+    for manager in managers(etc):
+        assert manager["tracing"]["no_context_propagation"] is True
+        assert manager["tracing"]["spawn_upstream_span"] is True
+
+
+def test_envoy_propagates_its_own_context_with_llm_ds_picker(tmp_path: Path) -> None:
+    etc = render(tmp_path, {"picker_binary": "/bin/true"})
+    for manager in managers(etc):
+        assert "no_context_propagation" not in manager["tracing"]
+    assert program_section(etc, "picker-random")["command"].startswith("/bin/true --pool-name")
+
+
+def test_the_collectors_manifest_has_every_configured_component() -> None:
+    folder = playbook.CHECKOUT / "collector"
+    built = json.dumps(read(folder / "builder.yaml"))
+    wanted = set()
+    for name in ("common", "span-metrics", "local"):
+        config = read(folder / f"{name}.yaml")
+        for kind in ("receivers", "processors", "exporters", "connectors", "extensions"):
+            wanted |= {key.split("/")[0].replace("_", "") for key in config.get(kind, {})}
+    assert wanted
+    assert [name for name in wanted if f"/{name}" not in built] == []

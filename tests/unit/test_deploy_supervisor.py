@@ -1,0 +1,181 @@
+"""The supervisor client and the readiness wait, on a real supervisord with tiny processes."""
+
+from __future__ import annotations
+
+import http.server
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from example_stack import STACK
+
+from llmtrace.deploy import health
+from llmtrace.deploy.supervisor import Process, Supervisor
+from llmtrace.errors import UserError
+from llmtrace.stack import Stack
+
+CONF = """
+[supervisord]
+logfile = {folder}/supervisord.log
+pidfile = {folder}/supervisord.pid
+[unix_http_server]
+file = {folder}/supervisor.sock
+chmod = 0600
+[rpcinterface:supervisor]
+supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface
+[include]
+files = {folder}/*.ini
+"""
+
+
+class Sandbox:
+    """A supervisord of its own, in a folder with a short path."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.supervisor = Supervisor(folder / "supervisor.sock")
+        self.conf = folder / "supervisord.conf"
+        self.conf.write_text(CONF.format(folder=folder))
+
+    def program(self, name: str, code: str = "import time; time.sleep(600)", digest: str = "1") -> None:
+        (self.folder / f"{name}.ini").write_text(
+            f"[program:{name}]\n"
+            f'command = {sys.executable} -c "{code}"\n'
+            f'environment = DIGEST="{digest}"\n'
+            f"stdout_logfile = {self.folder}/{name}.log\n"
+            "redirect_stderr = true\nstartsecs = 0\nstartretries = 0\nautorestart = unexpected\n"
+        )
+
+    def processes(self) -> dict[str, Process]:
+        return {process.name: process for process in self.supervisor.processes()}
+
+    def wait_for(self, name: str, state: str, timeout_s: float = 20) -> None:
+        deadline = time.monotonic() + timeout_s
+        while self.processes()[name].state != state:
+            assert time.monotonic() < deadline, f"{name} is not {state} after {timeout_s} s"
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    sandbox = Sandbox(tmp_path_factory.mktemp("s"))
+    yield sandbox
+    sandbox.supervisor.shutdown(20)
+
+
+def test_an_update_restarts_only_what_changed(sandbox: Sandbox) -> None:
+    for name in ("same", "changed", "gone"):
+        sandbox.program(name)
+    sandbox.supervisor.launch(sandbox.conf)
+    before = sandbox.processes()
+    assert not sandbox.supervisor.update()
+
+    sandbox.program("changed", digest="2")
+    sandbox.program("new")
+    (sandbox.folder / "gone.ini").unlink()
+    pending = sandbox.supervisor.pending()
+    update = sandbox.supervisor.update()
+
+    assert pending == update
+    assert (update.added, update.changed, update.removed) == (["new"], ["changed"], ["gone"])
+    assert str(update) == "started new; restarted changed; stopped gone"
+    after = sandbox.processes()
+    assert set(after) == {"same", "changed", "new"}
+    assert after["same"].pid == before["same"].pid
+    assert after["changed"].pid != before["changed"].pid
+
+
+def test_a_stopped_process_is_started_again(sandbox: Sandbox) -> None:
+    sandbox.program("one")
+    sandbox.supervisor.launch(sandbox.conf)
+    sandbox.supervisor._call("stopProcess", "one")
+    assert sandbox.supervisor.revive() == ["one"]
+    assert sandbox.processes()["one"].pid
+
+
+def test_shutdown_ends_every_process(sandbox: Sandbox) -> None:
+    sandbox.program("one")
+    sandbox.supervisor.launch(sandbox.conf)
+    pids = [sandbox.supervisor.pid(), sandbox.processes()["one"].pid]
+    assert sandbox.supervisor.shutdown(20)
+    assert not any(pid and psutil.pid_exists(pid) for pid in pids)
+    assert not sandbox.supervisor.shutdown(20)
+
+
+def test_without_a_supervisor_the_error_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="run `llmtrace up`"):
+        Supervisor(tmp_path / "none.sock").processes()
+
+
+def test_a_refused_configuration_is_one_sentence(sandbox: Sandbox) -> None:
+    (sandbox.folder / "bad.ini").write_text("[program:bad]\nstartsecs = soon\n")
+    with pytest.raises(UserError, match="supervisord did not start") as error:
+        sandbox.supervisor.launch(sandbox.conf)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def answering() -> Iterator[str]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def stack_with(sandbox: Sandbox, url: str) -> Stack:
+    """A stack whose every component answers on ``url``; no pickers."""
+    return Stack.model_validate(
+        STACK
+        | {"run_dir": sandbox.folder, "log_dir": sandbox.folder, "pickers": {}}
+        | dict.fromkeys(("envoy_admin", "collector_health", "store", "prometheus"), url)
+        | {"servers": [{"name": "vllm-0", "url": url, "process": "vllm-0"}]}
+    )
+
+
+NAMES = ("envoy", "vllm-0", "collector", "store", "prometheus")
+
+
+def test_wait_ready_returns_when_everything_answers(sandbox: Sandbox, answering: str) -> None:
+    for name in NAMES:
+        sandbox.program(name)
+    sandbox.supervisor.launch(sandbox.conf)
+    stack = stack_with(sandbox, answering)
+    assert set(health.wait_ready(stack, {}, 20)) == set(NAMES)
+    assert all(status.ok for status in health.statuses(stack))
+
+
+def test_wait_ready_shows_the_log_of_a_process_that_died(sandbox: Sandbox, answering: str) -> None:
+    for name in NAMES:
+        sandbox.program(name)
+    sandbox.program("store", code="print('the disk is full'); raise SystemExit(0)")
+    sandbox.supervisor.launch(sandbox.conf)
+    sandbox.wait_for("store", "EXITED")
+    stack = stack_with(sandbox, answering)
+    with pytest.raises(UserError, match=r"(?s)store does not stay up \(EXITED\).*the disk is full"):
+        health.wait_ready(stack, {}, 20)
+    assert [status.component.name for status in health.statuses(stack) if not status.ok] == ["store"]
+
+
+def test_wait_ready_says_what_it_waited_for(sandbox: Sandbox, answering: str) -> None:
+    for name in NAMES:
+        sandbox.program(name)
+    sandbox.supervisor.launch(sandbox.conf)
+    silent = stack_with(sandbox, answering).model_copy(update={"store": "http://127.0.0.1:1"})
+    with pytest.raises(UserError, match=r"store did not answer on http://127.0.0.1:1/ready within"):
+        health.wait_ready(silent, {"store": 1}, 20)
+
+
+def test_statuses_of_a_stack_whose_supervisor_is_gone(tmp_path: Path) -> None:
+    stack = Stack.model_validate(STACK | {"run_dir": tmp_path})
+    assert not any(status.ok for status in health.statuses(stack))

@@ -1,0 +1,107 @@
+"""Finding a run in a store, waiting for traces, and the smoke test's verdict, on a store kept in memory."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from example_traces import block_trace, request_trace
+from test_scenario_answer import run_traces
+
+from llmtrace.errors import UserError
+from llmtrace.scenarios.prefix_cache import EXPECTATION
+from llmtrace.scenarios.runs import latest_run, load_run, trace_ids, wait_for
+from llmtrace.scenarios.smoke import smoke_requests, verify
+from llmtrace.traces.model import Trace
+
+
+@dataclass
+class Summary:
+    trace_id: str
+    start_ns: int
+
+
+@dataclass
+class MemoryStore:
+    """Answers the two TraceQL shapes that runs.py asks; a trace appears after ``delay`` reads."""
+
+    traces: dict[str, Trace]
+    delay: int = 0
+    reads: int = 0
+    asked: list[str] = field(default_factory=list)
+
+    def trace(self, trace_id: str) -> Trace | None:
+        self.reads += 1
+        return self.traces.get(trace_id) if self.reads > self.delay else None
+
+    def search(self, traceql: str, **_: Any) -> list[Summary]:
+        self.asked.append(traceql)
+        name = re.search(r'name = "([^"]+)"', traceql)
+        wanted = re.findall(r'span\.([\w.]+) = "([^"]+)"', traceql)
+        return [
+            Summary(t.trace_id, t.spans[0].start_ns)
+            for t in self.traces.values()
+            if any(
+                (name is None or s.name == name[1]) and all(s.attributes.get(k) == v for k, v in wanted)
+                for s in t.spans
+            )
+        ]
+
+
+def store(*traces: Trace, delay: int = 0) -> Any:
+    return MemoryStore({t.trace_id: t for t in traces}, delay)
+
+
+def test_the_latest_run_is_found_through_its_traces() -> None:
+    full = store(*run_traces(300, blocks=1))
+    assert latest_run(full, "prefix-cache") == "run-1"
+    assert len(load_run(full, "run-1")) == 26
+
+
+def test_a_store_without_a_run_says_what_to_do() -> None:
+    with pytest.raises(UserError, match="run `llmtrace run prefix-cache` first"):
+        latest_run(store(request_trace()), "prefix-cache")
+    with pytest.raises(UserError, match="no traces of run run-7"):
+        load_run(store(request_trace()), "run-7")
+
+
+@pytest.mark.parametrize("run_id", ["", 'a" || true', "run}"])
+def test_a_run_id_is_never_taken_as_a_query(run_id: str) -> None:
+    with pytest.raises(UserError, match="is no run id"):
+        trace_ids(store(), run_id)
+
+
+def test_waiting_ends_when_all_is_there_or_the_time_is_up() -> None:
+    trace = request_trace()
+    late = store(trace, delay=2)
+    assert wait_for(late, [trace.trace_id], lambda t: True, 5)[trace.trace_id] is trace
+    assert late.reads == 3
+    assert wait_for(store(), ["f" * 32], lambda t: True, 0.1) == {"f" * 32: None}
+
+
+def test_the_smoke_test_passes_good_traces_and_names_a_silent_component() -> None:
+    good, other = request_trace(1), request_trace(2, arm="random")
+    sent = {good.trace_id: "prefix-aware", other.trace_id: "random"}
+    assert verify(store(good, other), sent, "prefix-cache", EXPECTATION, timeout_s=1).ok
+    mute = Trace(other.trace_id, tuple(s for s in other.spans if s.service != "vllm"))
+    result = verify(store(good, mute), sent, "prefix-cache", EXPECTATION, timeout_s=0.1)
+    assert not result.ok
+    assert [[p.component for p in t.problems] for t in result.traces] == [[], ["vllm"]]
+    assert "--otlp-traces-endpoint" in result.traces[1].problems[0].hint
+
+
+def test_a_trace_that_never_came_names_every_component() -> None:
+    result = verify(store(), {"f" * 32: "random"}, "prefix-cache", EXPECTATION, timeout_s=0.1)
+    assert {p.component for p in result.traces[0].problems} == {"client", "envoy", "picker", "vllm"}
+
+
+def test_the_smoke_requests_differ() -> None:
+    requests = smoke_requests()
+    assert len({r.pair_id for r in requests}) == len(requests) == 2
+    assert len({r.tenant for r in requests}) == 2
+
+
+def test_block_traces_are_not_requests() -> None:
+    assert latest_run(store(block_trace(9, "random", 0, 1, (0, 0, 0), (0, 0, 0))), "prefix-cache") == "run-1"
