@@ -23,7 +23,7 @@ from llmtrace.errors import UserError
 from llmtrace.perfetto import perfetto_json
 from llmtrace.render import tree
 from llmtrace.report import prefix_cache_html
-from llmtrace.scenarios import attributes as a
+from llmtrace.semconv import attributes as a
 from llmtrace.scenarios.driver import Driver, Settings
 from llmtrace.scenarios.expectation import CLOCK_TOLERANCE_MS
 from llmtrace.scenarios.prefix_cache import ARMS, EXPECTATION, NAME
@@ -76,7 +76,7 @@ def run(
     )
     tempo = TempoClient(store or stack.store)
     console = Console(stderr=True)
-    provider = setup_tracing(a.CLIENT_SERVICE, "driver", default_endpoint=stack.collector_otlp_grpc)
+    provider = setup_tracing(a.CLIENT_SERVICE, "driver", default_endpoint=stack.collector_otlp_grpc).provider
     try:
         driver = Driver(settings, provider)
         with _progress(console) as bars:
@@ -144,7 +144,7 @@ def verify(
     _known(scenario)
     stack = Stack.load()
     tempo = TempoClient(store or stack.store)
-    provider = setup_tracing(a.CLIENT_SERVICE, "driver", default_endpoint=stack.collector_otlp_grpc)
+    provider = setup_tracing(a.CLIENT_SERVICE, "driver", default_endpoint=stack.collector_otlp_grpc).provider
     driver = Driver(_settings(stack, max_tokens=4), provider)
     driver.run_id = f"verify-{driver.run_id}"
     try:

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
 
+@dataclass(frozen=True)
+class Tracing:
+    """A tracer provider and the processor that exports its spans; None where nothing is exported."""
+
+    provider: TracerProvider
+    processor: SpanProcessor | None
+
+
 def setup_tracing(
-    service_name: str, instance_id: str | None = None, *, default_endpoint: str | None = None
-) -> TracerProvider:
+    service_name: str,
+    instance_id: str | None = None,
+    *,
+    default_endpoint: str | None = None,
+    exporter: type[OTLPSpanExporter] = OTLPSpanExporter,
+) -> Tracing:
     """Make a tracer provider that exports by OTLP gRPC, configured by the OTEL_* variables of the SDK.
 
     ``service_name`` and ``instance_id`` become service.name and service.instance.id; OTEL_SERVICE_NAME and
@@ -31,8 +44,9 @@ def setup_tracing(
         os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
         or os.environ.get("OTEL_TRACES_EXPORTER") == "none"
     ):
-        return provider
+        return Tracing(provider, None)
     endpoint = None if any(os.environ.get(name) for name in ENDPOINT_VARIABLES) else default_endpoint
     insecure = True if endpoint and endpoint.startswith("http://") else None
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, insecure=insecure)))
-    return provider
+    processor = BatchSpanProcessor(exporter(endpoint=endpoint, insecure=insecure))
+    provider.add_span_processor(processor)
+    return Tracing(provider, processor)

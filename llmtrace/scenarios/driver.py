@@ -25,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
 from llmtrace.errors import UserError
-from llmtrace.scenarios import attributes as a
+from llmtrace.semconv import attributes as a
 from llmtrace.scenarios.workload import Chat, Message, Request, Workload
 
 METRICS_TIMEOUT_S = 10.0

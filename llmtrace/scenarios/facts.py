@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from llmtrace.scenarios import attributes as a
+from llmtrace.semconv import attributes as a
 from llmtrace.traces.model import AttributeValue, Span, Trace
 
 

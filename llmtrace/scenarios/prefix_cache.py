@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmtrace.scenarios import attributes as a
+from llmtrace.semconv import attributes as a
 from llmtrace.scenarios.expectation import Expectation, ExpectedSpan
 
 NAME = "prefix-cache"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from llmtrace.errors import UserError
-from llmtrace.scenarios import attributes as a
+from llmtrace.semconv import attributes as a
 from llmtrace.traces.model import Trace
 from llmtrace.traces.tempo import TempoClient
 

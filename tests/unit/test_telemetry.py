@@ -13,14 +13,14 @@ def _no_export(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_resource_names_service_and_instance() -> None:
-    attributes = setup_tracing("llm-d-epp", "random").resource.attributes
+    attributes = setup_tracing("llm-d-epp", "random").provider.resource.attributes
     assert (attributes["service.name"], attributes["service.instance.id"]) == ("llm-d-epp", "random")
 
 
 def test_the_environment_overrules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.instance.id=x,deployment=y")
     monkeypatch.setenv("OTEL_SERVICE_NAME", "other")
-    attributes = setup_tracing("llm-d-epp", "random").resource.attributes
+    attributes = setup_tracing("llm-d-epp", "random").provider.resource.attributes
     assert (attributes["service.name"], attributes["service.instance.id"], attributes["deployment"]) == (
         "other",
         "x",
@@ -38,6 +38,6 @@ def test_exporting_can_be_switched_off(
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "otlp")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    provider = setup_tracing("x", default_endpoint="http://127.0.0.1:9")
+    provider = setup_tracing("x", default_endpoint="http://127.0.0.1:9").provider
     assert len(provider._active_span_processor._span_processors) == processors
     provider.shutdown()

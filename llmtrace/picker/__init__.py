@@ -1,0 +1,1 @@
+"""Embedded endpoint picker: a stand-in for llm-d's EPP that speaks its protocol, configuration, spans and metrics."""

@@ -1,0 +1,115 @@
+"""``python -m llmtrace.picker``: the embedded endpoint picker, started with the flags of llm-d's EPP."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import uvloop
+
+from llmtrace.errors import UserError
+from llmtrace.picker.config import nearest
+from llmtrace.picker.server import Options, PickerServer
+from llmtrace.picker.spans import FastSpanExporter, Tracer
+from llmtrace.telemetry import setup_tracing
+
+SERVICE_NAME = "llm-d-epp"
+SCOPE = "llmtrace.picker"
+DEFAULT_REFRESH = "500ms"
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            message = f"unknown flag {unknown[1]}{nearest(unknown[1], flags)}"
+        raise UserError(message)
+
+
+def _duration(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m)", text)
+    if match is None or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration such as 500ms or 2s")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text!r} is no port")
+    return int(text)
+
+
+def _false(text: str) -> bool:
+    if text.lower() in ("false", "0", "f"):
+        return False
+    raise argparse.ArgumentTypeError("the embedded picker has only false")
+
+
+def options(arguments: Sequence[str]) -> Options:
+    """Read the command line; raises UserError where it is wrong."""
+    parser = _Parser(prog="python -m llmtrace.picker", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--pool-name", required=True, help="name of the inference pool, a metric label")
+    parser.add_argument("--pool-namespace", default="default", help="namespace of the inference pool")
+    parser.add_argument("--config-file", required=True, type=Path, help="EndpointPickerConfig file")
+    parser.add_argument("--bind-address", default="127.0.0.1", help="address that all ports listen on")
+    parser.add_argument("--grpc-port", default=9002, type=_port, help="port of Envoy's external processing")
+    parser.add_argument("--grpc-health-port", default=9003, type=_port, help="port of the gRPC health service")
+    parser.add_argument("--metrics-port", default=9090, type=_port, help="port of the Prometheus metrics")
+    parser.add_argument(
+        "--refresh-metrics-interval",
+        default=_duration(DEFAULT_REFRESH),
+        type=_duration,
+        help=f"time between two scrapes of an endpoint (default {DEFAULT_REFRESH}; llm-d's EPP: 50ms)",
+    )
+    # TLS and authorisation are llm-d's; its own command line is accepted where it asks for neither.
+    parser.add_argument("--secure-serving", type=_false, default=False, help="must be false")
+    parser.add_argument("--metrics-endpoint-auth", type=_false, default=False, help="must be false")
+    found = parser.parse_args(arguments)
+    return Options(
+        found.pool_name,
+        found.pool_namespace,
+        found.config_file,
+        found.bind_address,
+        found.grpc_port,
+        found.grpc_health_port,
+        found.metrics_port,
+        found.refresh_metrics_interval,
+    )
+
+
+async def _serve(server: PickerServer) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    await server.run(stop)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the picker until it is told to stop; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        found = options(sys.argv[1:] if arguments is None else arguments)
+        tracing = setup_tracing(SERVICE_NAME, exporter=FastSpanExporter)
+        try:
+            server = PickerServer(found, Tracer(tracing.provider, tracing.processor, SCOPE))
+            uvloop.run(_serve(server))
+        finally:
+            tracing.provider.shutdown()
+    except UserError as error:
+        print(f"llmtrace.picker: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""The picker's Prometheus metrics, under the names, labels and buckets of llm-d's EPP.
+
+Source: llm-d-router, pkg/epp/metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+
+if TYPE_CHECKING:
+    from llmtrace.picker.endpoints import Pool
+
+PREFIX = "llm_d_epp_"
+OVERFLOW = "other"
+"""Label value for what exceeds :data:`MAX_LABEL_VALUES`: model names and fairness ids come from clients."""
+MAX_LABEL_VALUES = 1000
+MAX_SERIES = 4096
+
+_MODEL = ("model_name", "target_model_name", "fairness_id", "priority")
+_PLUGIN = ("extension_point", "plugin_type", "plugin_name")
+_SECONDS = (
+    *(0.005, 0.025, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 45, 60),
+    *(120, 180, 240, 300, 360, 480, 600, 900, 1200, 1800, 2700, 3600),
+)
+_TTFT = (*_SECONDS[:23], 120)
+_TPOT = (
+    *(0.0005, 0.00205, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8),
+    *(1, 2),
+)
+_TOKENS = tuple(1 if n == 0 else 4 * 2**n for n in range(19))
+_BYTES = tuple(2**n for n in range(6, 31))
+_SCHEDULING = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+_PROCESSING = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.015, 0.025, 0.04, 0.06, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_RATIO = tuple(n / 10 for n in range(11))
+
+
+class RequestSeries:
+    """The time series of one combination of model, fairness id and priority."""
+
+    def __init__(self, metrics: Metrics, labels: Sequence[str]) -> None:
+        self.requests = metrics.requests.labels(*labels)
+        self.running = metrics.running.labels(*labels)
+        self.duration = metrics.duration.labels(*labels)
+        self.request_size = metrics.request_size.labels(*labels)
+        self.response_size = metrics.response_size.labels(*labels)
+        self.input_tokens = metrics.input_tokens.labels(*labels)
+        self.output_tokens = metrics.output_tokens.labels(*labels)
+        self.cached_tokens = metrics.cached_tokens.labels(*labels)
+        self.tpot = metrics.tpot.labels(*labels)
+        self.ttft = {streaming: metrics.ttft.labels(*labels, str(streaming).lower()) for streaming in (True, False)}
+        self._errors = metrics.errors
+        self._labels = tuple(labels)
+
+    def error(self, code: str) -> None:
+        """Count a failed request under llm-d's error code."""
+        self._errors.labels(*self._labels, code).inc()
+
+
+class Metrics:
+    """All metrics of one picker in a registry of their own."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, help_: str, labels: Sequence[str] = ()) -> Counter:
+            return Counter(PREFIX + name, help_, labels, registry=self.registry)
+
+        def histogram(name: str, help_: str, buckets: Sequence[float], labels: Sequence[str] = ()) -> Histogram:
+            return Histogram(PREFIX + name, help_, labels, buckets=buckets, registry=self.registry)
+
+        self.requests = counter("request_total", "Processed requests.", _MODEL)
+        self.errors = counter("request_error_total", "Failed requests.", (*_MODEL, "error_code"))
+        self.running = Gauge(
+            f"{PREFIX}request_running", "Requests that are running now.", _MODEL, registry=self.registry
+        )
+        self.duration = histogram(
+            "request_duration_seconds", "Time from request to the response's end.", _SECONDS, _MODEL
+        )
+        self.request_size = histogram("request_size_bytes", "Size of request bodies.", _BYTES, _MODEL)
+        self.response_size = histogram("response_size_bytes", "Size of response bodies.", _TOKENS, _MODEL)
+        self.input_tokens = histogram("request_input_tokens", "Prompt tokens of a request.", _TOKENS, _MODEL)
+        self.output_tokens = histogram("request_output_tokens", "Generated tokens of a request.", _TOKENS, _MODEL)
+        self.cached_tokens = histogram(
+            "request_cached_tokens",
+            "Prompt tokens read from the cache, as the model server reports.",
+            _TOKENS,
+            _MODEL,
+        )
+        self.ttft = histogram(
+            "request_ttft_seconds",
+            "Time from request to the response's first byte.",
+            _TTFT,
+            (*_MODEL, "streaming"),
+        )
+        self.tpot = histogram(
+            "request_streaming_tpot_seconds",
+            "Mean time per output token after the first, of streamed responses.",
+            _TPOT,
+            _MODEL,
+        )
+        self.scheduling = histogram("scheduler_e2e_duration_seconds", "Time to schedule a request.", _SCHEDULING)
+        self.attempts = counter(
+            "scheduler_attempts_total",
+            "Scheduling attempts.",
+            ("status", "target_model_name", "endpoint_name", "namespace", "port"),
+        )
+        self.plugin = histogram("plugin_duration_seconds", "Time in a plugin.", _SCHEDULING, _PLUGIN)
+        self.request_processing = histogram(
+            "request_processing_duration_seconds",
+            "Time from a request's receipt until it is routed or answered.",
+            _PROCESSING,
+        )
+        self.prefix_size = Gauge(
+            f"{PREFIX}prefix_indexer_size",
+            "Blocks in the prefix index.",
+            ("plugin_name", "plugin_type"),
+            registry=self.registry,
+        )
+        self.prefix_hit_ratio = histogram(
+            "prefix_indexer_hit_ratio",
+            "Share of the prompt that the picked endpoint should have cached.",
+            _RATIO,
+            ("plugin_name", "plugin_type"),
+        )
+        self.registry.register(_PoolCollector(pool))
+        self._models = _Bounded()
+        self._tenants = _Bounded()
+        self.series = lru_cache(MAX_SERIES)(self._series)
+
+    def _series(self, model: str, fairness_id: str) -> RequestSeries:
+        name = self._models.bound(model)
+        return RequestSeries(self, (name, name, self._tenants.bound(fairness_id or "default-flow"), "0"))
+
+    def attempt(self, success: bool, model: str, name: str = "", namespace: str = "", port: str = "") -> None:
+        """Count a scheduling attempt and where it led."""
+        status = "success" if success else "failure"
+        self.attempts.labels(status, self._models.bound(model), name, namespace, port).inc()
+
+
+class _Bounded:
+    """Admits a limited number of distinct label values."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+
+    def bound(self, value: str) -> str:
+        if value in self._seen:
+            return value
+        if len(self._seen) >= MAX_LABEL_VALUES:
+            return OVERFLOW
+        self._seen.add(value)
+        return value
+
+
+class _PoolCollector:
+    """The pool's gauges, computed when they are scraped."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        ready = self._pool.ready()
+        values = {
+            "ready_endpoints": ("Endpoints that are ready.", float(len(ready))),
+            "average_kv_cache_utilization": (
+                "Mean share of KV cache in use.",
+                _mean([e.load.kv_cache_usage for e in ready]),
+            ),
+            "average_queue_size": (
+                "Mean number of waiting requests.",
+                _mean([e.load.waiting for e in ready]),
+            ),
+            "average_running_requests": (
+                "Mean number of running requests.",
+                _mean([e.load.running for e in ready]),
+            ),
+        }
+        for name, (help_, value) in values.items():
+            family = GaugeMetricFamily(PREFIX + name, help_, labels=["name"])
+            family.add_metric([self._pool.name], value)
+            yield family
+        queues = GaugeMetricFamily(
+            f"{PREFIX}per_endpoint_queue_size",
+            "Waiting requests of an endpoint.",
+            labels=["name", "model_server_endpoint"],
+        )
+        for endpoint in ready:
+            queues.add_metric([self._pool.name, endpoint.name], endpoint.load.waiting)
+        yield queues
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,118 @@
+"""file-discovery: endpoints from a YAML or JSON file, reread when it changes."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from watchfiles import awatch
+
+from llmtrace.errors import UserError
+from llmtrace.picker.endpoints import Endpoint
+from llmtrace.picker.plugin import REGISTRY, Discovery, Handle, Parameters
+
+MAX_FILE_BYTES = 1 << 20
+
+_log = logging.getLogger(__name__)
+
+
+class FileDiscoveryParameters(Parameters):
+    """``path`` of the endpoints file; ``watch_file`` to take up changes while running."""
+
+    path: str = Field(min_length=1)
+    watch_file: bool = False
+
+
+class EndpointEntry(BaseModel):
+    """One endpoint: an IPv4 address and a port, as strings."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    name: str = Field(min_length=1)
+    address: str
+    port: str
+    namespace: str = "default"
+    labels: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("address")
+    @classmethod
+    def _ipv4(cls, value: str) -> str:
+        try:
+            return str(ipaddress.IPv4Address(value))
+        except ValueError:
+            raise ValueError(f"{value!r} is no IPv4 address") from None
+
+    @field_validator("port")
+    @classmethod
+    def _port(cls, value: str) -> str:
+        if not (value.isascii() and value.isdigit() and 1 <= int(value) <= 65535):
+            raise ValueError(f"{value!r} is no port from 1 to 65535")
+        return value
+
+
+class EndpointsFile(BaseModel):
+    """The file's content."""
+
+    model_config = ConfigDict(strict=True)
+
+    endpoints: list[EndpointEntry] = Field(default_factory=list)
+
+
+def read_endpoints(path: Path) -> list[EndpointEntry]:
+    """Endpoints of a file; raises UserError where it cannot be read or says something impossible."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"the endpoints file {path} cannot be read ({error.strerror})") from None
+    if len(raw) > MAX_FILE_BYTES:
+        raise UserError(f"the endpoints file {path} is larger than 1 MiB: split the pool")
+    try:
+        content: Any = yaml.safe_load(raw)
+        found = EndpointsFile.model_validate({} if content is None else content).endpoints
+    except yaml.YAMLError as error:
+        raise UserError(f"the endpoints file {path} is no YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the top level"
+        raise UserError(f"the endpoints file {path} is wrong at {where}: {first['msg']}") from None
+    names = [(entry.namespace, entry.name) for entry in found]
+    if twice := {"/".join(name) for name in names if names.count(name) > 1}:
+        raise UserError(f"the endpoints file {path} names {', '.join(sorted(twice))} more than once")
+    return found
+
+
+@REGISTRY.register
+class FileDiscovery(Discovery[FileDiscoveryParameters]):
+    """Reconciles the pool with the file. A change that cannot be read is logged, and the pool stays as it was."""
+
+    type: ClassVar[str] = "file-discovery"
+    parameters_type = FileDiscoveryParameters
+
+    def __init__(self, name: str, parameters: FileDiscoveryParameters, handle: Handle) -> None:
+        super().__init__(name, parameters, handle)
+        self._entries: list[EndpointEntry] | None = None
+
+    def load(self) -> None:
+        """Read the file into the pool."""
+        entries = read_endpoints(Path(self.parameters.path))
+        if entries == self._entries:
+            return
+        self._entries = entries
+        _log.info("%s: %d endpoints", self.parameters.path, len(entries))
+        self.handle.pool.replace(Endpoint(e.name, e.namespace, e.address, e.port, e.labels) for e in entries)
+
+    async def watch(self) -> None:
+        """Reread on every change. The folder is watched: the file may be replaced, or be a link that moves."""
+        if not self.parameters.watch_file:
+            return
+        folder = Path(self.parameters.path).parent
+        async for _ in awatch(folder, debounce=100, step=50, recursive=False):
+            try:
+                self.load()
+            except UserError as error:
+                _log.error("%s; the endpoints stay as they were", error)

@@ -1,0 +1,1 @@
+"""Names: spans, attributes, headers, metrics. Each is written once, here."""
