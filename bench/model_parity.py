@@ -113,9 +113,7 @@ class Server:
             except OSError:
                 if self.process.poll() is not None or time.monotonic() > deadline:
                     self.stop()
-                    sys.exit(
-                        f"vLLM ({dtype}) did not answer within {START_TIMEOUT_S} s; its log: {self.log.name}"
-                    )
+                    sys.exit(f"vLLM ({dtype}) did not answer within {START_TIMEOUT_S} s; its log: {self.log.name}")
                 time.sleep(0.5)
             else:
                 return
@@ -158,9 +156,7 @@ class Server:
 
 def common_prefix(left: list[int], right: list[int]) -> int:
     """Number of equal leading tokens."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
-    )
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
 def words(count: int, seed: int) -> str:
@@ -202,9 +198,7 @@ def measure(model_dir: Path, dtype: str, references: dict[str, list[list[int]]])
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_dir", type=Path)
     model_dir = parser.parse_args().model_dir
     references = {dtype: reference(model_dir, dtype) for dtype in DTYPES}

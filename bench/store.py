@@ -69,9 +69,7 @@ class Spans:
         for service in ("client", "gateway", "picker", "model-server"):
             of_resource = message.resource_spans.add()
             of_resource.resource.attributes.extend(
-                key_values(
-                    {"service.name": service, "service.instance.id": f"{service}-0", "host.name": "node"}
-                )
+                key_values({"service.name": service, "service.instance.id": f"{service}-0", "host.name": "node"})
             )
             scopes.append(of_resource.scope_spans.add())
             scopes[-1].scope.name = "bench"
@@ -142,9 +140,7 @@ def ingest(url: str, spans: Spans, total: int, compressed: bool) -> tuple[float,
         sent = 0
         while sent < total:
             count = min(100, -(-(total - sent) // BATCH))
-            run = [
-                spans.request(f"run-{(sent // BATCH + i) // (RUN_TRACES * 8 // BATCH)}") for i in range(count)
-            ]
+            run = [spans.request(f"run-{(sent // BATCH + i) // (RUN_TRACES * 8 // BATCH)}") for i in range(count)]
             bodies = [gzip.compress(body, 1) for body in run] if compressed else run
             start = time.perf_counter()
             slowest = max(slowest, *pool.map(post, bodies))
@@ -181,9 +177,7 @@ def measure(total: int, compressed: bool) -> dict[str, object]:
                 "search_equality_limit_5000": timed(lambda: search(run, 5000), 10),
                 "search_name_and_equality_limit_5000": timed(lambda: search(both, 5000), 10),
                 "search_all_limit_20": timed(lambda: search("{}", 20), 10),
-                "search_join_limit_20": timed(
-                    lambda: search('{ name = "chat" } >> { name = "decode" }', 20), 5
-                ),
+                "search_join_limit_20": timed(lambda: search('{ name = "chat" } >> { name = "decode" }', 20), 5),
                 "file_mb": round(sum(f.stat().st_size for f in Path(directory).iterdir()) / 1e6, 1),
             }
 

@@ -43,9 +43,7 @@ MIN_WIDTH = 150
 """Columns of output that goes into a file or a pipe."""
 
 Scenario = Annotated[str, typer.Argument(help="The scenario: prefix-cache.")]
-Store = Annotated[
-    str | None, typer.Option(help="Base URL of the trace store (or of Tempo); default: the stack's.")
-]
+Store = Annotated[str | None, typer.Option(help="Base URL of the trace store (or of Tempo); default: the stack's.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -55,9 +53,7 @@ def run(
     conversations: Annotated[int, typer.Option(help="Conversations of each tenant in a block.")] = 2,
     turns: Annotated[int, typer.Option(help="Turns of each conversation.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of the workload.")] = 1,
-    max_tokens: Annotated[
-        int, typer.Option(min=1, max=1024, help="Tokens to generate for each request.")
-    ] = 8,
+    max_tokens: Annotated[int, typer.Option(min=1, max=1024, help="Tokens to generate for each request.")] = 8,
     concurrency: Annotated[int, typer.Option(min=1, max=256, help="Conversations at the same time.")] = 2,
     request_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one request.")] = 60.0,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for the whole run.")] = 900.0,
@@ -100,9 +96,7 @@ def run(
 
 def answer(
     scenario: Scenario = NAME,
-    run_id: Annotated[
-        str | None, typer.Option("--run", help="Run id; default: the latest in the store.")
-    ] = None,
+    run_id: Annotated[str | None, typer.Option("--run", help="Run id; default: the latest in the store.")] = None,
     as_json: Json = False,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.")] = None,
     store: Store = None,
@@ -122,11 +116,7 @@ def answer(
         console.print(part)
     if html is not None:
         console.print(f"report: {html}")
-    worst = (
-        found.missed[0].trace_id
-        if found.missed
-        else (found.pairs[0].candidate_trace_id if found.pairs else "ID")
-    )
+    worst = found.missed[0].trace_id if found.missed else (found.pairs[0].candidate_trace_id if found.pairs else "ID")
     console.print(f"next: llmtrace trace {worst}" + ("" if html else "    plots: --html FILE"))
 
 
@@ -185,15 +175,11 @@ def trace(
     """Print one trace as a tree with a time bar."""
     wanted = trace_id.strip().lower()
     if len(wanted) != 32 or not all(c in "0123456789abcdef" for c in wanted):
-        raise UserError(
-            f"{trace_id!r} is no trace id: give 32 hexadecimal digits, as `llmtrace answer` prints them"
-        )
+        raise UserError(f"{trace_id!r} is no trace id: give 32 hexadecimal digits, as `llmtrace answer` prints them")
     tempo = TempoClient(store or Stack.load().store)
     found = tempo.trace(wanted)
     if found is None or not found.spans:
-        raise UserError(
-            f"the store has no trace {wanted}; a fresh trace needs some seconds, an old one may be dropped"
-        )
+        raise UserError(f"the store has no trace {wanted}; a fresh trace needs some seconds, an old one may be dropped")
     if perfetto is not None:
         _write(perfetto, perfetto_json([found]))
     if as_json:

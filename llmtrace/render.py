@@ -131,9 +131,7 @@ def shown_attributes(span: Span) -> Iterator[tuple[str, str]]:
 
 
 def _details(span: Span, start_ns: int) -> Text:
-    details = Text("  ").join(
-        Text.assemble((f"{label} ", "dim"), value) for label, value in shown_attributes(span)
-    )
+    details = Text("  ").join(Text.assemble((f"{label} ", "dim"), value) for label, value in shown_attributes(span))
     if span.status == "ERROR":
         details.append(f"  error: {span.status_message or 'no message'}", style="bold red")
     for event in span.events:

@@ -77,13 +77,9 @@ class Stack(Part):
             raise UserError(f"No stack is up ({path} does not exist): run `llmtrace up`") from None
         except (ValidationError, OSError) as error:
             reason = (
-                f"{error.error_count()} fields do not fit"
-                if isinstance(error, ValidationError)
-                else error.strerror
+                f"{error.error_count()} fields do not fit" if isinstance(error, ValidationError) else error.strerror
             )
-            raise UserError(
-                f"The state file {path} cannot be read ({reason}): run `llmtrace up` again"
-            ) from None
+            raise UserError(f"The state file {path} cannot be read ({reason}): run `llmtrace up` again") from None
 
     def save(self, path: Path) -> bool:
         """Write the state file atomically; return whether its content changed."""

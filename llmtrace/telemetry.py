@@ -37,13 +37,8 @@ def setup_tracing(
     caller owns it and shuts it down.
     """
     identity = {"service.name": service_name} | ({"service.instance.id": instance_id} if instance_id else {})
-    provider = TracerProvider(
-        resource=Resource.create({**identity, **OTELResourceDetector().detect().attributes})
-    )
-    if (
-        os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
-        or os.environ.get("OTEL_TRACES_EXPORTER") == "none"
-    ):
+    provider = TracerProvider(resource=Resource.create({**identity, **OTELResourceDetector().detect().attributes}))
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or os.environ.get("OTEL_TRACES_EXPORTER") == "none":
         return Tracing(provider, None)
     endpoint = None if any(os.environ.get(name) for name in ENDPOINT_VARIABLES) else default_endpoint
     insecure = True if endpoint and endpoint.startswith("http://") else None

@@ -95,9 +95,7 @@ def _holder(port: int) -> Holder | None:
     except (psutil.Error, OSError):
         return Holder()
     for connection in connections:
-        listens = (
-            connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port
-        )
+        listens = connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port
         if listens and connection.pid:
             try:
                 return Holder(connection.pid, psutil.Process(connection.pid).name())
@@ -124,12 +122,8 @@ def gather(requirements: Requirements) -> Facts:
         machine=platform.machine(),
         python=sys.version_info[:2],
         memory_available=psutil.virtual_memory().available,
-        disk_free={
-            folder: psutil.disk_usage(str(existing_parent(folder))).free for folder in requirements.disk
-        },
-        busy={
-            port.number: holder for port in requirements.ports if (holder := _holder(port.number)) is not None
-        },
+        disk_free={folder: psutil.disk_usage(str(existing_parent(folder))).free for folder in requirements.disk},
+        busy={port.number: holder for port in requirements.ports if (holder := _holder(port.number)) is not None},
         own_pids=_own_pids(requirements.run_dir),
         partial_installs=tuple(sorted(requirements.cache_dir.glob("*/*.partial"))),
     )
@@ -152,9 +146,7 @@ def check_python(facts: Facts) -> Check:
     version = ".".join(map(str, facts.python))
     if facts.python >= (3, 11):
         return Check("python", True, f"Python {version}")
-    return Check(
-        "python", False, f"Python {version} is too old: install Python 3.11 or newer, then make .venv again."
-    )
+    return Check("python", False, f"Python {version} is too old: install Python 3.11 or newer, then make .venv again.")
 
 
 def check_memory(facts: Facts, requirements: Requirements) -> Check:
@@ -214,22 +206,17 @@ def check_ports(facts: Facts, requirements: Requirements) -> list[Check]:
             Check(
                 "ports",
                 False,
-                f"Port {port.number} for the {port.purpose} is held by {who}: "
-                f"stop it, or change {port.variable}.",
+                f"Port {port.number} for the {port.purpose} is held by {who}: stop it, or change {port.variable}.",
             )
         )
-    return failed or [
-        Check("ports", True, f"{len(requirements.ports)} ports on 127.0.0.1 are free or our own")
-    ]
+    return failed or [Check("ports", True, f"{len(requirements.ports)} ports on 127.0.0.1 are free or our own")]
 
 
 def check_installs(facts: Facts) -> Check:
     """Half-finished installs in the cache; they are not fatal, since the playbook starts them afresh."""
     if not facts.partial_installs:
         return Check("installs", True, "no half-finished install in the cache")
-    names = ", ".join(
-        f"{path.parent.name} {path.name.removesuffix('.partial')}" for path in facts.partial_installs
-    )
+    names = ", ".join(f"{path.parent.name} {path.name.removesuffix('.partial')}" for path in facts.partial_installs)
     return Check(
         "installs",
         False,
@@ -320,9 +307,7 @@ def _ports(numbers: object, purpose: str, variable: str) -> list[Port]:
     ]
 
 
-def requirements_of(
-    variables: Mapping[str, object], cache_dir: Path, state_dir: Path, run_dir: Path
-) -> Requirements:
+def requirements_of(variables: Mapping[str, object], cache_dir: Path, state_dir: Path, run_dir: Path) -> Requirements:
     """What the inventory's stack needs; less disk where the model servers' environment is installed."""
     servers = _number(variables["vllm_servers"], "vllm_servers")
     installed = any(path.suffix != ".partial" for path in cache_dir.glob("vllm/*"))

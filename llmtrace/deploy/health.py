@@ -56,9 +56,7 @@ class Status:
 def _grpc_serving(target: str, timeout_s: float) -> bool:
     with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(
-                health_pb2.HealthCheckRequest(), timeout=timeout_s
-            )
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
         except grpc.RpcError:
             return False
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
@@ -128,9 +126,7 @@ def wait_ready(
             log = stack.log_dir / f"{name}.log"
             process = processes.get(name)
             if process is None:
-                raise UserError(
-                    f"supervisord knows no process {name}: run `llmtrace down`, then `llmtrace up`"
-                )
+                raise UserError(f"supervisord knows no process {name}: run `llmtrace down`, then `llmtrace up`")
             if process.state == "RUNNING" and component.ready():
                 del waiting[name]
                 took[name] = round(elapsed, 1)

@@ -60,8 +60,7 @@ class Supervisor:
             raise UserError(f"supervisord refused {method}{arguments}: {fault.faultString}") from None
         except (OSError, http.client.HTTPException) as error:
             raise UserError(
-                f"No supervisord answers on {self.socket} ({error or type(error).__name__}): "
-                "run `llmtrace up`"
+                f"No supervisord answers on {self.socket} ({error or type(error).__name__}): run `llmtrace up`"
             ) from None
 
     def pid(self) -> int | None:
@@ -117,9 +116,7 @@ class Supervisor:
 
     def revive(self) -> list[str]:
         """Start processes that are stopped or gave up; return their names."""
-        down = [
-            process.name for process in self.processes() if process.state in {"STOPPED", "EXITED", "FATAL"}
-        ]
+        down = [process.name for process in self.processes() if process.state in {"STOPPED", "EXITED", "FATAL"}]
         for name in down:
             self._call("startProcess", name, False)
         return down

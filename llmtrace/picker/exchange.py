@@ -1,7 +1,9 @@
 """One HTTP exchange as Envoy shows it to the picker: a request that is routed, and the response to it.
 
 The order of answers is that of full-duplex streaming: nothing until the request's body is complete, then the headers
-with the destination, then the body; the response's parts are passed on one by one. Source: llm-d-router, pkg/epp/handlers.
+with the destination, then the body; the response's parts are passed on one by one.
+
+Source: llm-d-router, pkg/epp/handlers.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any
 
 MAX_EVENT_BYTES = 1 << 20
 """A longer event or body is passed on unread."""
+_EVENT_END = re.compile(rb"\r?\n\r?\n")
 _INTERESTING = re.compile(rb'"usage":\s*\{|"finish_reason":\s*"')
 
 
@@ -62,8 +63,8 @@ class ResponseReader:
         if self._overflow:
             return
         self._pending += chunk
-        if self._streaming and b"\n\n" in self._pending:
-            *events, rest = bytes(self._pending).replace(b"\r\n", b"\n").split(b"\n\n")
+        if self._streaming:
+            *events, rest = _EVENT_END.split(bytes(self._pending))
             self._pending = bytearray(rest)
             for event in events:
                 self._event(event)

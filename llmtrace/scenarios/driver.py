@@ -181,9 +181,7 @@ class Driver:
             async def talk(chat: Chat) -> None:
                 async with limit:
                     for request in chat.requests:
-                        self.trace_ids.setdefault(arm, []).append(
-                            await self._send(client, arm, request, salt, {})
-                        )
+                        self.trace_ids.setdefault(arm, []).append(await self._send(client, arm, request, salt, {}))
                         self.progress(arm)
 
             with self.tracer.start_as_current_span(
@@ -224,9 +222,7 @@ class Driver:
         found = await asyncio.gather(*(read(name, url) for name, url in servers.items()))
         return dict(zip(servers, found, strict=True))
 
-    async def _send(
-        self, client: AsyncOpenAI, arm: str, request: Request, salt: str, extra: Mapping[str, bool]
-    ) -> str:
+    async def _send(self, client: AsyncOpenAI, arm: str, request: Request, salt: str, extra: Mapping[str, bool]) -> str:
         """Send one request and record its span. A failure is recorded on the span and counted, not raised."""
         model = self.settings.model
         span = self.tracer.start_span(

@@ -85,9 +85,7 @@ class Expectation:
 
     def __post_init__(self) -> None:
         keys = {e.key for e in self.spans}
-        named = {p for e in self.spans for p in e.parents} | {
-            e.count_from[0] for e in self.spans if e.count_from
-        }
+        named = {p for e in self.spans for p in e.parents} | {e.count_from[0] for e in self.spans if e.count_from}
         if unknown := named - keys:
             raise ValueError(f"an expectation refers to unknown spans: {', '.join(sorted(unknown))}")
 
@@ -135,9 +133,7 @@ class _Verification:
 
     def _problem(self, fault: Fault, component: str, message: str) -> Problem:
         hint = self.expectation.hints.get(component, "")
-        return Problem(
-            trace_id=self.trace.trace_id, fault=fault, component=component, message=message, hint=hint
-        )
+        return Problem(trace_id=self.trace.trace_id, fault=fault, component=component, message=message, hint=hint)
 
     def _found(self, key: str) -> list[Span]:
         return [s for s in self.distinct if (e := self.classes[id(s)]) is not None and e.key == key]
@@ -178,17 +174,13 @@ class _Verification:
         for span in self.distinct:
             if id(span) not in reached:
                 component = self.expectation.component(span)
-                yield self._problem(
-                    Fault.CYCLE, component, f"span {span.name!r} of {component} is its own ancestor"
-                )
+                yield self._problem(Fault.CYCLE, component, f"span {span.name!r} of {component} is its own ancestor")
 
     def _orphan(self, span: Span) -> Iterator[Problem]:
         component = self.expectation.component(span)
         expected = self.classes[id(span)]
         absent = [
-            e
-            for e in self.expectation.spans
-            if expected and e.key in expected.parents and not self._found(e.key)
+            e for e in self.expectation.spans if expected and e.key in expected.parents and not self._found(e.key)
         ]
         suspects = " or ".join(f"{e.name!r} from {e.component}" for e in absent)
         yield self._problem(
@@ -201,22 +193,16 @@ class _Verification:
     def _identity(self, span: Span) -> Iterator[Problem]:
         if span.trace_id != self.trace.trace_id:
             component = self.expectation.component(span)
-            yield self._problem(
-                Fault.TRACE_ID, component, f"span {span.name!r} belongs to trace {span.trace_id}"
-            )
+            yield self._problem(Fault.TRACE_ID, component, f"span {span.name!r} belongs to trace {span.trace_id}")
         if span.status == "ERROR":
             component = self.expectation.component(span)
             text = f": {span.status_message}" if span.status_message else ""
-            yield self._problem(
-                Fault.ERROR, component, f"span {span.name!r} of {component} ended with an error{text}"
-            )
+            yield self._problem(Fault.ERROR, component, f"span {span.name!r} of {component} ended with an error{text}")
 
     def _time(self, span: Span) -> Iterator[Problem]:
         component = self.expectation.component(span)
         if span.end_ns < span.start_ns:
-            yield self._problem(
-                Fault.TIME, component, f"span {span.name!r} of {component} ends before it starts"
-            )
+            yield self._problem(Fault.TIME, component, f"span {span.name!r} of {component} ends before it starts")
         parent = self.trace.parent(span)
         if parent is None:
             return

@@ -139,17 +139,14 @@ def read_requests(traces: Iterable[Trace]) -> list[Served]:
         address: short_name(name)
         for trace in traces
         for span in trace.named("gateway.request")
-        if (address := text(span.attributes.get(a.ENDPOINT)))
-        and (name := text(span.attributes.get(a.ENDPOINT_NAME)))
+        if (address := text(span.attributes.get(a.ENDPOINT))) and (name := text(span.attributes.get(a.ENDPOINT_NAME)))
     }
     renamed = [replace(s, endpoint=names.get(s.endpoint, s.endpoint)) if s.endpoint else s for s in served]
     return sorted(renamed, key=lambda s: s.start_ns)
 
 
 def _read(trace: Trace) -> Served | None:
-    client = next(
-        (s for s in trace.spans if s.service == a.CLIENT_SERVICE and text(s.attributes.get(a.PAIR_ID))), None
-    )
+    client = next((s for s in trace.spans if s.service == a.CLIENT_SERVICE and text(s.attributes.get(a.PAIR_ID))), None)
     if client is None or client.attributes.get(a.WARMUP):
         return None
     gateway = next(iter(trace.named("gateway.request")), None)

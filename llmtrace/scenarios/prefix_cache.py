@@ -34,9 +34,7 @@ EXPECTATION = Expectation(
         ),
         ExpectedSpan("envoy", "envoy", a.ENVOY_SERVICE, "*", ("client",), kind="SERVER"),
         ExpectedSpan("gateway", "picker", a.PICKER_SERVICE, "gateway.request", ("envoy", "client"), "SERVER"),
-        ExpectedSpan(
-            "orchestration", "picker", a.PICKER_SERVICE, "gateway.request_orchestration", ("gateway",)
-        ),
+        ExpectedSpan("orchestration", "picker", a.PICKER_SERVICE, "gateway.request_orchestration", ("gateway",)),
         ExpectedSpan(
             "profile",
             "picker",

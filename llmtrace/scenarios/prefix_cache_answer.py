@@ -125,9 +125,7 @@ def answer(run_id: str, traces: Iterable[Trace], *, seed: int = 0) -> PrefixCach
     traces = list(traces)
     blocks, served = read_blocks(traces), read_requests(traces)
     if not served:
-        raise UserError(
-            f"the store has no measured requests of run {run_id}; run `llmtrace run prefix-cache` again"
-        )
+        raise UserError(f"the store has no measured requests of run {run_id}; run `llmtrace run prefix-cache` again")
     notes = []
     kv_block_size = next((b.kv_block_size for b in blocks if b.kv_block_size), None)
     if kv_block_size is None:
@@ -140,9 +138,7 @@ def answer(run_id: str, traces: Iterable[Trace], *, seed: int = 0) -> PrefixCach
             " derived from earlier requests of the same block"
         )
     if unrouted := sum(s.endpoint is None for s in served):
-        notes.append(
-            f"{unrouted} requests do not tell which endpoint served them and are in no endpoint's figures"
-        )
+        notes.append(f"{unrouted} requests do not tell which endpoint served them and are in no endpoint's figures")
     pairs = paired(served)
     comparison = compare(pairs, seed)
     return PrefixCacheAnswer(
@@ -237,9 +233,7 @@ def _sum(served: Iterable[Served], value: Callable[[Served], int | None]) -> int
     return sum(value(s) or 0 for s in served)
 
 
-def _arm(
-    arm: str, served: Sequence[Served], blocks: Sequence[Block], missed: Sequence[MissedDecision]
-) -> ArmAnswer:
+def _arm(arm: str, served: Sequence[Served], blocks: Sequence[Block], missed: Sequence[MissedDecision]) -> ArmAnswer:
     mine = [s for s in served if s.arm == arm]
     good = [s for s in mine if not s.failed]
     prompt, cached = _sum(good, lambda s: s.input_tokens), _sum(good, lambda s: s.cached_tokens)
@@ -309,9 +303,7 @@ def _checks(served: Sequence[Served], blocks: Sequence[Block], kv_block_size: in
     ]
 
 
-def _equal(
-    name: str, served: Sequence[Served], values: Callable[[Served], tuple[int | None, int | None]]
-) -> Check:
+def _equal(name: str, served: Sequence[Served], values: Callable[[Served], tuple[int | None, int | None]]) -> Check:
     compared = [(s, *values(s)) for s in served]
     untold = sum(left is None or right is None for _, left, right in compared)
     differ = [
@@ -320,13 +312,7 @@ def _equal(
         if left is not None and right is not None and left != right
     ]
     told = len(compared) - untold
-    detail = (
-        "nothing to compare"
-        if not told
-        else "equal for every request"
-        if not differ
-        else f"{len(differ)} differ"
-    )
+    detail = "nothing to compare" if not told else "equal for every request" if not differ else f"{len(differ)} differ"
     if untold and told:
         detail += f"; {untold} requests lack one of the two"
     return Check(
@@ -351,13 +337,9 @@ def _counters(served: Sequence[Served], blocks: Sequence[Block], kv_block_size: 
             if abs(hits - cached) > kv_block_size * len(here):
                 differ.append(f"{where}: usage says {cached} cached tokens, vLLM's counter {hits}")
             if abs(block.queries[name] - prompt) > kv_block_size * len(here):
-                differ.append(
-                    f"{where}: usage says {prompt} prompt tokens, vLLM's counter {block.queries[name]}"
-                )
+                differ.append(f"{where}: usage says {prompt} prompt tokens, vLLM's counter {block.queries[name]}")
     detail = (
-        f"at most {worst} tokens apart (allowed: {kv_block_size} per request)"
-        if compared
-        else "nothing to compare"
+        f"at most {worst} tokens apart (allowed: {kv_block_size} per request)" if compared else "nothing to compare"
     )
     return Check(
         name="cached tokens: client's usage and vLLM's counters",

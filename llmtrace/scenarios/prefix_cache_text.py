@@ -88,9 +88,7 @@ def _latencies(arms: list[ArmAnswer]) -> Table:
             table.add_column(f"{arm.arm} {name}", justify="right")
 
     def row(name: str, *distributions: Distribution | None) -> None:
-        cells = [
-            (f"{d.mean:.0f}", f"{d.p50:.0f}", f"{d.p95:.0f}") if d else ("-", "-", "-") for d in distributions
-        ]
+        cells = [(f"{d.mean:.0f}", f"{d.p50:.0f}", f"{d.p95:.0f}") if d else ("-", "-", "-") for d in distributions]
         table.add_row(name, *(cell for triple in cells for cell in triple))
 
     row("TTFT, client", *(arm.ttft for arm in arms))
@@ -134,9 +132,7 @@ def verification_text(result: Verification) -> Iterator[RenderableType]:
             f"{trace.trace_id}  {trace.arm}  {trace.spans} spans",
         )
         for problem in trace.problems:
-            yield Text(
-                f"    {problem.component}: {problem.message}" + (f" ({problem.hint})" if problem.hint else "")
-            )
+            yield Text(f"    {problem.component}: {problem.message}" + (f" ({problem.hint})" if problem.hint else ""))
     for failure in result.failed_requests:
         yield Text(f"    a request failed: {failure}", style="red")
     bad = sum(bool(t.problems) for t in result.traces)

@@ -124,9 +124,7 @@ def reason(decision: Decision | None, chosen: str, warmer: str) -> str:
     if ours <= theirs + 1e-9:
         return f"equal scores ({ours:.2f}); the tie fell on {chosen}"
     gains = {
-        s.type: s.weight * (s.scores.get(chosen, 0.0) - s.scores.get(warmer, 0.0))
-        for s in decision.scorers
-        if s.scores
+        s.type: s.weight * (s.scores.get(chosen, 0.0) - s.scores.get(warmer, 0.0)) for s in decision.scorers if s.scores
     }
     if not gains:
         return f"{chosen} scored {ours:.2f}, {warmer} {theirs:.2f}; the trace does not tell by which scorer"

@@ -47,9 +47,7 @@ def load_run(store: TempoClient, run_id: str) -> list[Trace]:
     """All traces of a run; UserError when the store has none."""
     ids = trace_ids(store, run_id)
     if not ids:
-        raise UserError(
-            f"the store has no traces of run {run_id}: give another run id, or leave it out for the latest"
-        )
+        raise UserError(f"the store has no traces of run {run_id}: give another run id, or leave it out for the latest")
     with ThreadPoolExecutor(4) as pool:
         return [trace for trace in pool.map(store.trace, ids) if trace is not None]
 

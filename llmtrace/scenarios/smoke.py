@@ -74,9 +74,7 @@ def verify(
     checked = []
     for trace_id, arm in sent.items():
         trace = seen[trace_id] or Trace(trace_id, ())
-        checked.append(
-            VerifiedTrace(trace_id=trace_id, arm=arm, spans=len(trace.spans), problems=problems(trace))
-        )
+        checked.append(VerifiedTrace(trace_id=trace_id, arm=arm, spans=len(trace.spans), problems=problems(trace)))
     return Verification(
         scenario=scenario,
         clock_tolerance_ms=clock_tolerance_ms,

@@ -39,8 +39,7 @@ def tenants() -> dict[str, Tenant]:
     folder = files("llmtrace.scenarios") / "tenants"
     found = sorted(f.name for f in folder.iterdir() if f.name.endswith(".yaml"))
     return {
-        n.removesuffix(".yaml"): Tenant.model_validate(yaml.safe_load((folder / n).read_text("utf-8")))
-        for n in found
+        n.removesuffix(".yaml"): Tenant.model_validate(yaml.safe_load((folder / n).read_text("utf-8"))) for n in found
     }
 
 

@@ -7,9 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-AttributeValue = (
-    str | bool | int | float | bytes | Sequence["AttributeValue"] | Mapping[str, "AttributeValue"] | None
-)
+AttributeValue = str | bool | int | float | bytes | Sequence["AttributeValue"] | Mapping[str, "AttributeValue"] | None
 """An OTLP AnyValue as plain Python."""
 
 Attributes = Mapping[str, AttributeValue]
@@ -83,9 +81,7 @@ class Trace:
     spans: tuple[Span, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "spans", tuple(sorted(self.spans, key=lambda s: (s.start_ns, -s.end_ns, s.span_id)))
-        )
+        object.__setattr__(self, "spans", tuple(sorted(self.spans, key=lambda s: (s.start_ns, -s.end_ns, s.span_id))))
 
     @cached_property
     def by_id(self) -> dict[str, Span]:

@@ -18,6 +18,7 @@ from llmtrace.traces.model import Trace
 from llmtrace.traces.otlp import MalformedError, decode_trace
 
 POLL_S = 0.25
+_BAD_URL = (httpx.InvalidURL, UnicodeError, OverflowError)
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
@@ -69,7 +70,7 @@ class TempoClient:
         """Whether the store answers that it is ready; never raises."""
         try:
             return self._http.get(f"{self.base_url}/ready").status_code == httpx.codes.OK
-        except httpx.HTTPError:
+        except (httpx.HTTPError, *_BAD_URL):
             return False
 
     def trace(self, trace_id: str) -> Trace | None:
@@ -88,9 +89,7 @@ class TempoClient:
 
         ``start_s`` and ``end_s`` are seconds since the Unix epoch; ``limit`` is the most traces to return.
         """
-        document = self._json(
-            "/api/search", {"q": q, "start": str(start_s), "end": str(end_s), "limit": str(limit)}
-        )
+        document = self._json("/api/search", {"q": q, "start": str(start_s), "end": str(end_s), "limit": str(limit)})
         try:
             found = [_summary(entry) for entry in document.get("traces") or []]
         except (TypeError, ValueError, AttributeError, KeyError):
@@ -101,9 +100,7 @@ class TempoClient:
         """Names of attributes in a scope (span, resource, intrinsic, ...), or in all of them, sorted."""
         document = self._json("/api/v2/search/tags", {"scope": scope} if scope else {})
         try:
-            return sorted(
-                {str(tag) for part in document.get("scopes") or [] for tag in part.get("tags") or []}
-            )
+            return sorted({str(tag) for part in document.get("scopes") or [] for tag in part.get("tags") or []})
         except (TypeError, AttributeError):
             raise self._not_tempo("/api/v2/search/tags") from None
 
@@ -116,9 +113,7 @@ class TempoClient:
         except (TypeError, KeyError):
             raise self._not_tempo(path) from None
 
-    def wait_for_trace(
-        self, trace_id: str, complete: Callable[[Trace], bool], timeout_s: float
-    ) -> Trace | None:
+    def wait_for_trace(self, trace_id: str, complete: Callable[[Trace], bool], timeout_s: float) -> Trace | None:
         """Poll until ``complete`` says yes or ``timeout_s`` seconds are over; the trace as last seen."""
         deadline = time.monotonic() + timeout_s
         while True:
@@ -149,7 +144,7 @@ class TempoClient:
             ) from None
         except httpx.DecodingError:
             raise self._not_tempo(path) from None
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, *_BAD_URL) as error:
             raise UserError(
                 f"the trace store at {self.base_url} cannot be reached ({_reason(error)}); start it with "
                 "`llmtrace up`, or give the URL of a Tempo with --store"
@@ -182,7 +177,7 @@ def _summary(entry: Mapping[str, Any]) -> TraceSummary:
     )
 
 
-def _reason(error: httpx.HTTPError) -> str:
+def _reason(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return text[0].rstrip(".") if text else type(error).__name__
 

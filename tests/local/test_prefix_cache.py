@@ -36,9 +36,7 @@ def stack() -> Stack:
 @pytest.fixture(scope="module")
 def answered(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """One small run and its answer."""
-    ran = llmtrace(
-        "run", "prefix-cache", "--blocks", "2", "--conversations", "2", "--turns", "2", "--seed", "11"
-    )
+    ran = llmtrace("run", "prefix-cache", "--blocks", "2", "--conversations", "2", "--turns", "2", "--seed", "11")
     assert ran.returncode == 0, ran.stderr
     report = tmp_path_factory.mktemp("report") / "report.html"
     done = llmtrace("answer", "prefix-cache", "--json", "--html", str(report))

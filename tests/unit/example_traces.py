@@ -26,9 +26,7 @@ def span(
     origin_ns: int = T0,
     **attributes: object,
 ) -> Span:
-    resource: dict[str, str] = {"service.name": service} | (
-        {"service.instance.id": instance} if instance else {}
-    )
+    resource: dict[str, str] = {"service.name": service} | ({"service.instance.id": instance} if instance else {})
     return Span(
         trace_id=trace_id,
         span_id=f"{number:016x}",
@@ -117,9 +115,7 @@ def request_trace(
             instance=arm,
             target_model="smol",
         ),
-        make(
-            5, 4, "run_scheduler_profile", epp, 2.2, 3.9, **{"llm_d.epp.scheduling.profile.name": "default"}
-        ),
+        make(5, 4, "run_scheduler_profile", epp, 2.2, 3.9, **{"llm_d.epp.scheduling.profile.name": "default"}),
         make(6, 5, "filter_endpoints", epp, 2.3, 2.4),
         make(7, 5, "llm_d.epp.scoring", epp, 2.5, 3, **{"llm_d.epp.scorer.count": len(SCORERS)}),
     ]
@@ -143,9 +139,7 @@ def request_trace(
     }
     spans.append(make(11, 5, "pick_endpoints", epp, 3.1, 3.2, **pick))
     parent = 2 if upstream else 3
-    spans.append(
-        make(12, parent, "llm_request", "vllm", 5, end - 4, kind="SERVER", instance=endpoint, **server)
-    )
+    spans.append(make(12, parent, "llm_request", "vllm", 5, end - 4, kind="SERVER", instance=endpoint, **server))
     return Trace(trace_id, tuple(spans))
 
 
@@ -180,9 +174,7 @@ def changed(trace: Trace, span_name: str, attributes: Attributes | None = None, 
     return Trace(
         trace.trace_id,
         tuple(
-            replace(s, **fields, attributes={**s.attributes, **(attributes or {})})
-            if s.name == span_name
-            else s  # type: ignore[arg-type]
+            replace(s, **fields, attributes={**s.attributes, **(attributes or {})}) if s.name == span_name else s  # type: ignore[arg-type]
             for s in trace.spans
         ),
     )

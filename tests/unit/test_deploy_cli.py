@@ -36,18 +36,14 @@ def test_status_without_a_stack_says_what_to_run(app: typer.Typer, state: Path) 
     assert "run `llmtrace up`" in str(result.exception)
 
 
-def test_status_of_a_stack_that_died_is_1(
-    app: typer.Typer, state: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_status_of_a_stack_that_died_is_1(app: typer.Typer, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = state / "stack.json"
     Stack.model_validate(STACK | {"run_dir": state}).save(path)
     monkeypatch.setenv("LLMTRACE_STACK", str(path))
     result = CliRunner().invoke(app, ["status", "--json"])
     assert result.exit_code == 1
     rows = json.loads(result.stdout)
-    assert [row["name"] for row in rows] == [
-        *("envoy", "picker-random", "vllm-0", "collector", "store", "prometheus")
-    ]
+    assert [row["name"] for row in rows] == [*("envoy", "picker-random", "vllm-0", "collector", "store", "prometheus")]
     assert {(row["process"], row["ready"]) for row in rows} == {("MISSING", False)}
     assert CliRunner().invoke(app, ["status"]).exit_code == 1
 
@@ -88,9 +84,7 @@ def test_up_fails_with_one_sentence_for_a_path_that_is_not_there(
     assert "collector_binary is /nowhere, which does not exist: correct the path" in capfd.readouterr().err
 
 
-def test_outside_a_checkout_the_error_says_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_outside_a_checkout_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(playbook, "CHECKOUT", tmp_path)
     with pytest.raises(UserError, match="clone the repository"):
         playbook.run("site.yml")

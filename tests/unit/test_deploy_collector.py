@@ -102,10 +102,7 @@ def collector(backend: Backend, tmp_path: Path) -> Iterator[str]:
 
 
 def attributes(**values: str) -> list[KeyValue]:
-    return [
-        KeyValue(key=key.replace("__", "."), value=AnyValue(string_value=value))
-        for key, value in values.items()
-    ]
+    return [KeyValue(key=key.replace("__", "."), value=AnyValue(string_value=value)) for key, value in values.items()]
 
 
 def test_content_never_passes_the_collector(collector: str, backend: Backend) -> None:
@@ -119,9 +116,7 @@ def test_content_never_passes_the_collector(collector: str, backend: Backend) ->
         gen_ai__tool__call__arguments="SECRET",
         llm__prompts="SECRET",
     )
-    kept = attributes(
-        gen_ai__request__model="m", gen_ai__usage__prompt_tokens="7", gen_ai__tool__call__id="t1"
-    )
+    kept = attributes(gen_ai__request__model="m", gen_ai__usage__prompt_tokens="7", gen_ai__tool__call__id="t1")
     request = ExportTraceServiceRequest()
     span = (
         request.resource_spans.add()

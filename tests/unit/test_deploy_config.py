@@ -93,9 +93,7 @@ def test_the_inventory_reaches_every_file(etc: Path) -> None:
     assert environment_of(etc, "collector")["STORE_URL"] == "http://127.0.0.1:18501"
 
 
-@pytest.mark.parametrize(
-    ("arm", "chooser"), [("prefix-aware", "max-score-picker"), ("random", "random-picker")]
-)
+@pytest.mark.parametrize(("arm", "chooser"), [("prefix-aware", "max-score-picker"), ("random", "random-picker")])
 def test_the_arms_differ_only_in_who_chooses(etc: Path, arm: str, chooser: str) -> None:
     config = read(etc / f"picker-{arm}.yaml")
     assert (config["apiVersion"], config["kind"]) == ("llm-d.ai/v1alpha1", "EndpointPickerConfig")

@@ -75,9 +75,7 @@ def test_the_running_stack_may_hold_its_ports_and_memory() -> None:
 
 
 def test_one_port_for_two_uses_is_refused() -> None:
-    needs = dataclasses.replace(
-        NEEDS, ports=(*NEEDS.ports, Port(13200, "Prometheus server", "prometheus_port"))
-    )
+    needs = dataclasses.replace(NEEDS, ports=(*NEEDS.ports, Port(13200, "Prometheus server", "prometheus_port")))
     (message,) = failures(needs)
     assert "both the trace store and the Prometheus server" in message
     assert "prometheus_port" in message

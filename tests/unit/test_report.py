@@ -23,9 +23,7 @@ class Tags(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.scripts += tag == "script"
         self.bodies += tag == "body"
-        self.remote += [
-            f"{tag} {value}" for name, value in attrs if name in ("src", "href", "srcset", "data")
-        ]
+        self.remote += [f"{tag} {value}" for name, value in attrs if name in ("src", "href", "srcset", "data")]
 
 
 def test_the_report_is_self_contained() -> None:
@@ -48,6 +46,4 @@ def test_names_from_traces_are_escaped() -> None:
     found = answer("run-1", run_traces(300))
     evil = "</script><script>alert(1)</script>"
     pairs = [found.pairs[0].model_copy(update={"tenant": evil}), *found.pairs[1:]]
-    assert "<script>alert(1)" not in prefix_cache_html(
-        found.model_copy(update={"model": evil, "pairs": pairs})
-    )
+    assert "<script>alert(1)" not in prefix_cache_html(found.model_copy(update={"model": evil, "pairs": pairs}))

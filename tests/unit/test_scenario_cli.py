@@ -78,9 +78,7 @@ def test_bad_input_gives_one_sentence(arguments: tuple[str, ...], sentence: str)
         invoke(*arguments)
 
 
-def test_without_a_stack_the_sentence_names_the_remedy(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_a_stack_the_sentence_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LLMTRACE_STACK", str(tmp_path / "none.json"))
     for name in ("run", "verify", "answer"):
         with pytest.raises(UserError, match="llmtrace up"):

@@ -165,9 +165,7 @@ async def test_a_run_sends_the_same_requests_by_both_arms(
 async def test_no_cache_is_shared_between_arms_blocks_and_runs(driver: Driver, server: FakeServer) -> None:
     await driver.run(Workload(blocks=2, conversations=1, turns=1))
     salts = {b["cache_salt"] for b in server.bodies if len(b["messages"]) > 1}
-    assert salts == {
-        f"{driver.run_id}:{arm}:{block}" for arm in ("prefix-aware", "random") for block in (0, 1)
-    }
+    assert salts == {f"{driver.run_id}:{arm}:{block}" for arm in ("prefix-aware", "random") for block in (0, 1)}
     assert server.hits == 0
 
 
@@ -181,9 +179,7 @@ async def test_the_trace_context_reaches_the_gateway(
     assert [s for s in spans if s.parent is not None] == []
 
 
-async def test_block_spans_carry_the_increase_of_vllms_counters(
-    driver: Driver, exporter: InMemorySpanExporter
-) -> None:
+async def test_block_spans_carry_the_increase_of_vllms_counters(driver: Driver, exporter: InMemorySpanExporter) -> None:
     await driver.run(Workload(blocks=1, conversations=2, turns=2))
     for block in [s for s in exporter.get_finished_spans() if s.name == "llmtrace.scenario.block"]:
         told = attributes(block)
@@ -201,9 +197,7 @@ async def test_block_spans_carry_the_increase_of_vllms_counters(
         assert told["llmtrace.kv_block_size"] == 16
 
 
-async def test_no_text_of_a_prompt_or_an_answer_is_recorded(
-    driver: Driver, exporter: InMemorySpanExporter
-) -> None:
+async def test_no_text_of_a_prompt_or_an_answer_is_recorded(driver: Driver, exporter: InMemorySpanExporter) -> None:
     await driver.run(Workload(blocks=1, conversations=1, turns=1))
     recorded = " ".join(s.to_json() for s in exporter.get_finished_spans())
     assert "Good" not in recorded
@@ -228,9 +222,7 @@ async def test_failures_are_recorded_and_end_the_run_with_a_sentence(
 
 async def test_a_failed_warm_up_ends_the_run_at_once(driver: Driver, server: FakeServer) -> None:
     server.fail = True
-    with pytest.raises(
-        UserError, match=r"a warm-up request failed with InternalServerError .*503.*no endpoint"
-    ):
+    with pytest.raises(UserError, match=r"a warm-up request failed with InternalServerError .*503.*no endpoint"):
         await driver.run(Workload(blocks=1, conversations=1, turns=1))
     assert len(server.bodies) == 2
 

@@ -26,10 +26,7 @@ def test_the_workload_follows_from_its_seed(blocks: int, conversations: int, tur
     workload = Workload(blocks, conversations, turns, seed)
     requests = [r for b in range(blocks) for c in workload.chats(b) for r in c.requests]
     again = [
-        r
-        for b in range(blocks)
-        for c in Workload(blocks, conversations, turns, seed).chats(b)
-        for r in c.requests
+        r for b in range(blocks) for c in Workload(blocks, conversations, turns, seed).chats(b) for r in c.requests
     ]
     assert requests == again
     assert len(requests) == workload.size

@@ -38,16 +38,12 @@ def test_good_traces_have_no_problem(trace: Trace) -> None:
 
 
 def test_vllm_as_sibling_of_the_gateway_under_the_client() -> None:
-    spans = [
-        replace(s, parent_id=GOOD.roots[0].span_id) if s.name == "llm_request" else s for s in GOOD.spans
-    ]
+    spans = [replace(s, parent_id=GOOD.roots[0].span_id) if s.name == "llm_request" else s for s in GOOD.spans]
     assert check(Trace(GOOD.trace_id, tuple(spans))) == []
 
 
 def test_the_gateway_under_a_helper_span_of_envoy() -> None:
-    helper = replace(
-        GOOD.named("ingress")[0], span_id="e" * 16, parent_id=f"{2:016x}", name="router", kind="CLIENT"
-    )
+    helper = replace(GOOD.named("ingress")[0], span_id="e" * 16, parent_id=f"{2:016x}", name="router", kind="CLIENT")
     spans = [replace(s, parent_id="e" * 16) if s.name == "gateway.request" else s for s in GOOD.spans]
     assert check(Trace(GOOD.trace_id, (*spans, helper))) == []
 
@@ -96,9 +92,7 @@ def test_a_span_outside_of_its_parents_time_is_named(index: int, excess_ms: int,
 
 @given(st.floats(0, 9.9))
 def test_the_clock_tolerance_is_granted(skew_ms: float) -> None:
-    late = replace(
-        GOOD.named("llm_request")[0], end_ns=GOOD.named("gateway.request")[0].end_ns + int(skew_ms * MS)
-    )
+    late = replace(GOOD.named("llm_request")[0], end_ns=GOOD.named("gateway.request")[0].end_ns + int(skew_ms * MS))
     trace = Trace(GOOD.trace_id, tuple(late if s.name == "llm_request" else s for s in GOOD.spans))
     assert check(trace) == []
     assert skew_ms < 0.1 or check(trace, tolerance=skew_ms / 2) != []
@@ -196,12 +190,8 @@ def test_a_span_that_may_outlive_its_parent() -> None:
         ),
         {},
     )
-    prefill = Span(
-        "a" * 32, "1" * 16, None, "prefill", "INTERNAL", 0, 10 * MS, resource={"service.name": "s"}
-    )
-    decode = replace(
-        prefill, span_id="2" * 16, parent_id="1" * 16, name="decode", start_ns=9 * MS, end_ns=900 * MS
-    )
+    prefill = Span("a" * 32, "1" * 16, None, "prefill", "INTERNAL", 0, 10 * MS, resource={"service.name": "s"})
+    decode = replace(prefill, span_id="2" * 16, parent_id="1" * 16, name="decode", start_ns=9 * MS, end_ns=900 * MS)
     assert verify_trace(Trace("a" * 32, (prefill, decode)), expectation) == []
     early = replace(decode, start_ns=-100 * MS)
     assert [p.fault for p in verify_trace(Trace("a" * 32, (prefill, early)), expectation)] == [Fault.TIME]

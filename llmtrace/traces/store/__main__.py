@@ -34,9 +34,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=13200, help="port to listen on (13200)")
     parser.add_argument("--db", type=Path, required=True, help="the DuckDB file, made when missing")
     parser.add_argument("--retention-hours", type=float, default=168, help="hours that traces are kept (168)")
-    parser.add_argument(
-        "--max-bytes", type=int, default=2 * 2**30, help="bytes that the file may use (2147483648)"
-    )
+    parser.add_argument("--max-bytes", type=int, default=2 * 2**30, help="bytes that the file may use (2147483648)")
     options = parser.parse_args(arguments)
     if not 0 < options.port < 65536:
         parser.error("argument --port: must be from 1 to 65535")

@@ -123,9 +123,7 @@ class Tempo:
     def _values(self, request: Request, *, scoped: bool) -> list[dict[str, str]]:
         field = tag_field(request.path_params["tag"], scoped=scoped)
         tree = query(request.query_params)
-        return answers.tag_values(
-            search.tag_values(self._database, field, tree, window(request.query_params))
-        )
+        return answers.tag_values(search.tag_values(self._database, field, tree, window(request.query_params)))
 
 
 def create_app(database: Database, ingest_limits: Limits | None = None) -> Starlette:

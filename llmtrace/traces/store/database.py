@@ -244,9 +244,7 @@ def _open(path: Path) -> duckdb.DuckDBPyConnection:
     columns = ", ".join(f"{field.name} {_SQL_TYPES[field.type]}" for field in SCHEMA)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        connection = duckdb.connect(
-            str(path), config={"threads": min(4, os.cpu_count() or 1), "memory_limit": "1GB"}
-        )
+        connection = duckdb.connect(str(path), config={"threads": min(4, os.cpu_count() or 1), "memory_limit": "1GB"})
         connection.execute("SET checkpoint_threshold = '64MB'")
         connection.execute("SET preserve_insertion_order = true")
         connection.execute("SET enable_progress_bar = false")
@@ -258,9 +256,7 @@ def _open(path: Path) -> duckdb.DuckDBPyConnection:
         raise UserError(_cannot_open(path, error)) from None
     if found != SCHEMA.names:
         connection.close()
-        raise UserError(
-            f"{path} was written by another version of the store; move it away, or give another --db"
-        )
+        raise UserError(f"{path} was written by another version of the store; move it away, or give another --db")
     return connection
 
 

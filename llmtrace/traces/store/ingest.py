@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import zlib
 from dataclasses import dataclass
 
 from google.protobuf import json_format
-from google.protobuf.message import Message
-from google.rpc.status_pb2 import Status
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -106,9 +105,9 @@ class Ingest:
 
     def _refuse(self, status: int, message: str, answer_type: str) -> Response:
         log.warning("refused a request with %d: %s", status, message)
-        details = Status(code=_CODES.get(status, _INVALID_ARGUMENT), message=message)
         headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
-        return _encoded(details, answer_type, status, headers)
+        content = _status(_CODES.get(status, _INVALID_ARGUMENT), message, answer_type)
+        return Response(content, status, headers, media_type=answer_type)
 
 
 def _parse(body: bytes, gzip: bool, content_type: str, limit: int) -> Batch:
@@ -143,14 +142,16 @@ def _answer(batch: Batch, answer_type: str) -> Response:
         response.partial_success.rejected_spans = batch.rejected
         response.partial_success.error_message = f"{batch.rejected} spans are invalid: {batch.complaint}"
         log.warning("left out %d invalid spans: %s", batch.rejected, batch.complaint)
-    return _encoded(response, answer_type, 200)
-
-
-def _encoded(
-    message: Message, answer_type: str, status: int, headers: dict[str, str] | None = None
-) -> Response:
     if answer_type == JSON:
-        content = json_format.MessageToJson(message, indent=None).encode()
+        content = json_format.MessageToJson(response, indent=None).encode()
     else:
-        content = message.SerializeToString()
-    return Response(content, status, headers, media_type=answer_type)
+        content = response.SerializeToString()
+    return Response(content, media_type=answer_type)
+
+
+def _status(code: int, message: str, answer_type: str) -> bytes:
+    """A google.rpc.Status, whose field 1 is the code and field 2 the message (of under 128 bytes here)."""
+    if answer_type == JSON:
+        return json.dumps({"code": code, "message": message}).encode()
+    text = message.encode()[:127]
+    return bytes((0x08, code, 0x12, len(text))) + text

@@ -124,12 +124,8 @@ def tag_field(tag: str, *, scoped: bool) -> q.Field:
                 name = tag.removeprefix(prefix)
                 if len(name) > 1 and name.startswith('"') and name.endswith('"'):
                     name = name[1:-1]
-                return q.Field(
-                    "span" if scope == "span" else "resource" if scope == "resource" else "any", name
-                )
-        raise ParameterError(
-            "the tag must be like span.NAME, resource.NAME, .NAME, or an intrinsic like name"
-        )
+                return q.Field("span" if scope == "span" else "resource" if scope == "resource" else "any", name)
+        raise ParameterError("the tag must be like span.NAME, resource.NAME, .NAME, or an intrinsic like name")
     if not tag:
         raise ParameterError("the tag has no name")
     return q.Field("any", tag)

@@ -107,11 +107,7 @@ def _span_attribute(name: str, op: str, value: q.Scalar, catalog: Catalog) -> Sq
 
 
 def _resource(name: str, op: str, value: q.Scalar, catalog: Catalog) -> Sql:
-    found = [
-        key
-        for key, attributes in catalog.resources.items()
-        if compare(plain(attributes.get(name)), op, (value,))
-    ]
+    found = [key for key, attributes in catalog.resources.items() if compare(plain(attributes.get(name)), op, (value,))]
     return _among("resource", found)
 
 

@@ -62,8 +62,7 @@ def delete_until(connection: duckdb.DuckDBPyConnection, cutoff_ms: int, *, whole
     parameters = [cutoff_ms]
     if whole:
         condition += (
-            " AND (trace_high, trace_low) NOT IN"
-            " (SELECT (trace_high, trace_low) FROM spans WHERE received_ms > ?)"
+            " AND (trace_high, trace_low) NOT IN (SELECT (trace_high, trace_low) FROM spans WHERE received_ms > ?)"
         )
         parameters.append(cutoff_ms)
     row = connection.execute(f"DELETE FROM spans WHERE {condition}", parameters).fetchone()  # noqa: S608

@@ -21,6 +21,9 @@ _TRACES_AT_A_TIME = 200
 _RECENT_SPANS = 20_000
 """Spans that are looked at for the values of an attribute."""
 
+_WITHOUT_VALUES = frozenset({"duration", "traceDuration", "trace:id", "span:id", "span:parentID"})
+_OF_ROOT = {"rootName": q.Field("intrinsic", "name"), "rootServiceName": q.Field("resource", "service.name")}
+
 Key = tuple[int, int]
 
 
@@ -150,9 +153,7 @@ def _by_trace(
     return found
 
 
-def _load(
-    database: Database, cursor: duckdb.DuckDBPyConnection, keys: list[Key]
-) -> Iterator[tuple[Key, Trace]]:
+def _load(database: Database, cursor: duckdb.DuckDBPyConnection, keys: list[Key]) -> Iterator[tuple[Key, Trace]]:
     rows = cursor.execute(
         "SELECT trace_high, trace_low, resource, payload FROM spans JOIN"
         " (SELECT unnest(?::UBIGINT[]) AS trace_high, unnest(?::UBIGINT[]) AS trace_low)"
@@ -202,6 +203,11 @@ def tag_values(database: Database, tag: q.Field, query: q.Query, window: Window)
     """Distinct values of an attribute or intrinsic among the newest spans that match the query, sorted."""
     catalog = database.catalog
     parts = [window.where(), traces_where(query, catalog)]
+    if tag.scope == "intrinsic" and tag.name in _WITHOUT_VALUES:
+        return []
+    if tag.scope == "intrinsic" and tag.name in _OF_ROOT:
+        tag = _OF_ROOT[tag.name]
+        parts.append(Sql("parent_id = 0"))
     condition: q.Condition = q.And(())
     if isinstance(query, q.Spanset):
         condition = query.condition
@@ -217,13 +223,9 @@ def tag_values(database: Database, tag: q.Field, query: q.Query, window: Window)
 
 
 def _decoded(catalog: Catalog, resource: int, payload: bytes) -> Span:
-    return otlp.span(
-        pb.Span.FromString(payload), catalog.resources.get(resource, {}), catalog.scopes.get(resource, "")
-    )
+    return otlp.span(pb.Span.FromString(payload), catalog.resources.get(resource, {}), catalog.scopes.get(resource, ""))
 
 
 def _distinct(tag: q.Field, spans: Iterable[Span]) -> list[object]:
-    found = {
-        (type(value).__name__, str(value)): value for s in spans for value in values(tag, s, TraceFacts())
-    }
+    found = {(type(value).__name__, str(value)): value for s in spans for value in values(tag, s, TraceFacts())}
     return [found[key] for key in sorted(found)]

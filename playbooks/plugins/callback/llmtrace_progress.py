@@ -47,9 +47,7 @@ class Heartbeat(threading.Thread):
             return
         self.say(f"{'start':8} {self.title} (about {self.expected_s:.0f} s)")
         while not self.ended.wait(HEARTBEAT_S):
-            self.say(
-                f"{'...':8} {self.title}: {time.monotonic() - started:.0f} s of about {self.expected_s:.0f} s"
-            )
+            self.say(f"{'...':8} {self.title}: {time.monotonic() - started:.0f} s of about {self.expected_s:.0f} s")
 
     def end(self):
         """End the heartbeat."""
@@ -132,9 +130,7 @@ class CallbackModule(CallbackBase):
         self.end_heartbeat()
         self.failed = True
         message = result.result.get("msg") or "failed without a message; run again with -v"
-        words = [
-            text for name in ("stderr", "stdout") if (text := str(result.result.get(name) or "").strip())
-        ]
+        words = [text for name in ("stderr", "stdout") if (text := str(result.result.get(name) or "").strip())]
         said = "\n".join("\n".join(words).splitlines()[-20:])
         self.say(f"{'FAILED':8} {result.task.get_name()}", constants.COLOR_ERROR)
         self._display.display(f"{message}\n{said}".rstrip(), color=constants.COLOR_ERROR, stderr=True)
@@ -160,10 +156,6 @@ class CallbackModule(CallbackBase):
         self.end_heartbeat()
         for host in sorted(stats.processed):
             summary = stats.summarize(host)
-            parts = ", ".join(
-                f"{name}={summary[name]}" for name in ("ok", "changed", "failures", "unreachable")
-            )
-            color = (
-                constants.COLOR_ERROR if summary["failures"] or summary["unreachable"] else constants.COLOR_OK
-            )
+            parts = ", ".join(f"{name}={summary[name]}" for name in ("ok", "changed", "failures", "unreachable"))
+            color = constants.COLOR_ERROR if summary["failures"] or summary["unreachable"] else constants.COLOR_OK
             self.say(f"{host}: {parts}", color)

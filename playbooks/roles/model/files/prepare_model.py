@@ -32,9 +32,7 @@ def convert(gguf_file: Path, output: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
     tokenizer.chat_template = chat_template(gguf_file)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.bfloat16
-    )
+    model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.bfloat16)
     # The weights are dequantized: nothing may ask vLLM for a GGUF loader.
     model.hf_quantizer = None
     model.is_quantized = False

@@ -1,0 +1,135 @@
+"""A picker without ports: configuration, endpoints and exchanges driven by hand."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from llmtrace.picker import config
+from llmtrace.picker.endpoints import Endpoint, Load, Pool
+from llmtrace.picker.exchange import Exchange, Services
+from llmtrace.picker.ext_proc import ProcessingRequest
+from llmtrace.picker.metrics import Metrics
+from llmtrace.picker.scheduler import Scheduler
+from llmtrace.picker.spans import Tracer
+
+PREFIX_AWARE: dict[str, Any] = {
+    "apiVersion": "llm-d.ai/v1alpha1",
+    "kind": "EndpointPickerConfig",
+    "plugins": [
+        {"name": "endpoints", "type": "file-discovery", "parameters": {"path": "endpoints.yaml"}},
+        {
+            "type": "approx-prefix-cache-producer",
+            "parameters": {"autoTune": False, "blockSizeTokens": 64, "lruCapacityPerServer": 31250},
+        },
+        {"type": "prefix-cache-scorer"},
+        {"type": "queue-scorer"},
+        {"type": "kv-cache-utilization-scorer"},
+        {"type": "max-score-picker"},
+    ],
+    "schedulingProfiles": [
+        {
+            "name": "default",
+            "plugins": [
+                {"pluginRef": "prefix-cache-scorer", "weight": 2},
+                {"pluginRef": "queue-scorer", "weight": 1},
+                {"pluginRef": "kv-cache-utilization-scorer", "weight": 1},
+                {"pluginRef": "max-score-picker"},
+            ],
+        }
+    ],
+    "dataLayer": {"discovery": {"pluginRef": "endpoints"}},
+}
+
+
+def endpoint(number: int, *, ready: bool = True, **load: Any) -> Endpoint:
+    made = Endpoint(f"vllm-{number}", "default", f"10.0.0.{number + 1}", "8000", load=Load(**load))
+    made.answered_at = time.monotonic() if ready else None
+    return made
+
+
+@dataclass
+class Handle:
+    """What a plugin is given."""
+
+    pool: Pool = field(default_factory=lambda: Pool("pool"))
+    metrics: Metrics = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.pool)
+
+
+class Picker:
+    """A picker whose spans and metrics can be looked at."""
+
+    def __init__(self, tmp_path: Path, content: dict[str, Any] | None = None, endpoints: int = 2) -> None:
+        self.handle = Handle()
+        self.handle.pool.replace(endpoint(number) for number in range(endpoints))
+        path = tmp_path / "picker.yaml"
+        path.write_text(yaml.safe_dump(content or PREFIX_AWARE))
+        self.configuration = config.load(path, self.handle)
+        self.exporter = InMemorySpanExporter()
+        self.tracer = Tracer(TracerProvider(), SimpleSpanProcessor(self.exporter), "test")
+        self.scheduler = Scheduler(self.configuration, self.handle.metrics, self.tracer)
+        self.services = Services.make(self.handle.pool, self.scheduler, self.handle.metrics, self.tracer)
+
+    @property
+    def spans(self) -> list[ReadableSpan]:
+        return list(self.exporter.get_finished_spans())
+
+    def span(self, name: str) -> ReadableSpan:
+        (found,) = [span for span in self.spans if span.name == name]
+        return found
+
+    def exchange(self, metadata: dict[str, str] | None = None) -> Exchange:
+        return Exchange(self.services, metadata or {})
+
+    def value(self, name: str, **labels: str) -> float | None:
+        return self.handle.metrics.registry.get_sample_value(name, labels)
+
+
+def request_headers(*, end_of_stream: bool = False, **headers: str) -> Any:
+    message = ProcessingRequest()
+    message.request_headers.end_of_stream = end_of_stream
+    values = {":method": "POST", ":path": "/v1/chat/completions", "x-request-id": "r1"}
+    for key, value in {**values, **{k.replace("_", "-"): v for k, v in headers.items()}}.items():
+        message.request_headers.headers.headers.add(key=key, raw_value=value.encode())
+    return message
+
+
+def request_body(body: bytes, *, end_of_stream: bool = True) -> Any:
+    message = ProcessingRequest()
+    message.request_body.body = body
+    message.request_body.end_of_stream = end_of_stream
+    return message
+
+
+def response_headers(status: int = 200, content_type: str = "application/json") -> Any:
+    message = ProcessingRequest()
+    for key, value in ((":status", str(status)), ("content-type", content_type)):
+        message.response_headers.headers.headers.add(key=key, raw_value=value.encode())
+    return message
+
+
+def response_body(body: bytes, *, end_of_stream: bool = True) -> Any:
+    message = ProcessingRequest()
+    message.response_body.body = body
+    message.response_body.end_of_stream = end_of_stream
+    return message
+
+
+def chat(content: str = "Hello", **fields: Any) -> bytes:
+    return json.dumps({"model": "smol", "messages": [{"role": "user", "content": content}], **fields}).encode()
+
+
+def headers_set(response: Any, part: str = "request_headers") -> dict[str, str]:
+    mutation = getattr(response, part).response.header_mutation
+    return {option.header.key: option.header.raw_value.decode() for option in mutation.set_headers}

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from picking import PREFIX_AWARE, Handle
+
+from llmtrace.errors import UserError
+from llmtrace.picker import config
+from llmtrace.picker.plugins.approx_prefix_cache_producer import ApproxPrefixCacheProducer
+from llmtrace.picker.plugins.max_score_picker import MaxScorePicker
+from llmtrace.picker.plugins.single_profile_handler import SingleProfileHandler
+
+
+def load(tmp_path: Path, content: Any) -> config.Configuration:
+    path = tmp_path / "config.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return config.load(path, Handle())
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    return {**copy.deepcopy(PREFIX_AWARE), **changes}
+
+
+def plugins(*specs: dict[str, Any]) -> dict[str, Any]:
+    return changed(plugins=[PREFIX_AWARE["plugins"][0], *specs], schedulingProfiles=[])
+
+
+def test_a_configuration_becomes_plugins_and_profiles(tmp_path: Path) -> None:
+    found = load(tmp_path, PREFIX_AWARE)
+    profile = found.profiles["default"]
+    assert [(w.scorer.type, w.weight) for w in profile.scorers] == [
+        ("prefix-cache-scorer", 2),
+        ("queue-scorer", 1),
+        ("kv-cache-utilization-scorer", 1),
+    ]
+    assert isinstance(profile.picker, MaxScorePicker)
+    assert isinstance(found.handler, SingleProfileHandler)
+    assert [producer.type for producer in found.producers] == ["approx-prefix-cache-producer"]
+
+
+def test_what_is_left_out_gets_llm_ds_defaults(tmp_path: Path) -> None:
+    found = load(tmp_path, plugins({"type": "prefix-cache-scorer"}, {"type": "queue-scorer", "name": "q"}))
+    profile = found.profiles["default"]
+    assert [(w.scorer.name, w.weight) for w in profile.scorers] == [("prefix-cache-scorer", 1.0), ("q", 1.0)]
+    assert isinstance(profile.picker, MaxScorePicker)
+    (producer,) = found.producers
+    assert isinstance(producer, ApproxPrefixCacheProducer)
+    assert producer.parameters.auto_tune
+    assert producer.parameters.max_prefix_tokens_to_match == 131072
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("[", "is no YAML"),
+        ("", "must be a mapping"),
+        ({}, "apiVersion: is missing"),
+        (changed(apiVersion="v2"), "apiVersion: Input should be 'llm-d.ai/v1alpha1', not 'v2'"),
+        (changed(kind="Pod"), "kind: Input should be 'EndpointPickerConfig', not 'Pod'"),
+        (changed(pluginz=[]), "unknown field 'pluginz'; the nearest known one is 'plugins'"),
+        (changed(flowControl={}), "flowControl is not part of the embedded picker"),
+        (changed(featureGates=["flowControl"]), "featureGates: the embedded picker has no feature gates"),
+        (changed(dataLayer={}), "dataLayer.discovery names no plugin"),
+        (changed(dataLayer={"sources": []}), "dataLayer.sources is not part of the embedded picker"),
+        (
+            changed(dataLayer={"discovery": {"pluginRef": "endpoint"}}),
+            "dataLayer.discovery: there is no plugin named 'endpoint'; the nearest known one is 'endpoints'",
+        ),
+        (
+            changed(dataLayer={"discovery": {"pluginRef": "queue-scorer"}}),
+            "plugin 'queue-scorer' is of type queue-scorer, which is not a discovery",
+        ),
+        (
+            plugins({"type": "queue-scorrer"}),
+            "plugins[1]: unknown plugin type 'queue-scorrer'; the nearest known one is 'queue-scorer'",
+        ),
+        (plugins({"type": ""}), "plugins[1].type: String should have at least 1 character"),
+        (plugins({"name": "x"}), "plugins[1].type: is missing"),
+        (
+            plugins({"type": "queue-scorer", "parameter": {}}),
+            "unknown field 'parameter' at plugins[1]; the nearest known one is 'parameters'",
+        ),
+        (plugins({"type": "queue-scorer"}, {"type": "queue-scorer"}), "there are two plugins named 'queue-scorer'"),
+        (
+            plugins({"type": "load-aware-scorer", "parameters": {"treshold": 1}}),
+            "plugin 'load-aware-scorer' (plugins[1]): unknown parameter 'treshold'; "
+            "the nearest known one is 'threshold'",
+        ),
+        (
+            plugins({"type": "queue-scorer", "parameters": {"x": 1}}),
+            "unknown parameter 'x'; none is known here",
+        ),
+        (
+            plugins({"type": "load-aware-scorer", "parameters": {"threshold": "many"}}),
+            "plugin 'load-aware-scorer' (plugins[1]): threshold: Input should be a valid integer, not 'many'",
+        ),
+        (
+            plugins({"type": "approx-prefix-cache-producer", "parameters": {"autoTune": False, "blockSizeTokens": 0}}),
+            "blockSizeTokens must be more than 0 where autoTune is off",
+        ),
+        (
+            plugins({"type": "prefix-cache-scorer", "parameters": {"matchLengthWeight": 2}}),
+            "matchLengthWeight: Input should be less than or equal to 1, not 2",
+        ),
+        (
+            plugins({"type": "prefix-cache-scorer", "parameters": {"prefixMatchInfoProducerName": "nobody"}}),
+            "prefixMatchInfoProducerName: there is no plugin named 'nobody'",
+        ),
+        (plugins({"type": "file-discovery"}), "path: is missing"),
+        (
+            changed(schedulingProfiles=[{"name": "a", "plugins": [{"pluginRef": "queue"}]}]),
+            "schedulingProfiles[a]: there is no plugin named 'queue'; the nearest known one is 'queue-scorer'",
+        ),
+        (
+            changed(schedulingProfiles=[{"name": "a", "plugins": [{"pluginRef": "endpoints"}]}]),
+            "which is neither a scorer nor a picker",
+        ),
+        (changed(schedulingProfiles=[{"name": "a"}, {"name": "a"}]), "two profiles of the same name"),
+        (
+            changed(schedulingProfiles=[{"name": "a"}, {"name": "b"}]),
+            "several scheduling profiles need a profile handler",
+        ),
+        (
+            changed(schedulingProfiles=[{"name": "a", "plugins": [{"pluginRef": "x", "wheight": 2}]}]),
+            "unknown field 'wheight' at schedulingProfiles[0].plugins[0]; the nearest known one is 'weight'",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named_in_one_sentence(tmp_path: Path, content: Any, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, content)
+    assert sentence in str(caught.value)
+    assert str(tmp_path / "config.yaml") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        config.load(tmp_path / "none.yaml", Handle())
+
+
+@pytest.mark.parametrize("arm", ["prefix-aware", "random"])
+def test_the_stacks_own_configurations_are_accepted(tmp_path: Path, arm: str) -> None:
+    import jinja2
+
+    template = Path(__file__).parents[2] / f"playbooks/roles/picker/templates/{arm}.yaml.j2"
+    rendered = jinja2.Template(template.read_text()).render(llmtrace_etc_dir="/etc/x", vllm_block_size=32)
+    assert load(tmp_path, rendered).profiles["default"].scorers
