@@ -33,6 +33,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 TEMPLATE = ROOT / "playbooks/roles/envoy/templates/envoy.yaml.j2"
 ENVOY = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmtrace-kit/envoy/1.40.0/envoy/_bin/envoy"
+API = "type.googleapis.com/envoy.extensions"
 BACKENDS = 3
 PROMPT_BYTES = 4096
 ROUNDS = 4
@@ -76,9 +77,9 @@ def free_ports(count: int) -> list[int]:
 
 def hcm(prefix: str, routes: list[dict[str, Any]], port: int) -> dict[str, Any]:
     """A listener of Envoy with these routes."""
-    router = {"@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"}
+    router = {"@type": f"{API}.filters.http.router.v3.Router"}
     manager = {
-        "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "@type": f"{API}.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": prefix,
         "route_config": {"name": prefix, "virtual_hosts": [{"name": prefix, "domains": ["*"], "routes": routes}]},
         "http_filters": [{"name": "envoy.filters.http.router", "typed_config": router}],

@@ -16,5 +16,5 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"llmtrace: {error}", file=sys.stderr)  # noqa: T201
+        print(f"llmtrace: {error}", file=sys.stderr)
         sys.exit(2)

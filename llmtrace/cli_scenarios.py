@@ -23,7 +23,6 @@ from llmtrace.errors import UserError
 from llmtrace.perfetto import perfetto_json
 from llmtrace.render import tree
 from llmtrace.report import prefix_cache_html
-from llmtrace.semconv import attributes as a
 from llmtrace.scenarios.driver import Driver, Settings
 from llmtrace.scenarios.expectation import CLOCK_TOLERANCE_MS
 from llmtrace.scenarios.prefix_cache import ARMS, EXPECTATION, NAME
@@ -33,6 +32,7 @@ from llmtrace.scenarios.runs import latest_run, load_run, wait_for
 from llmtrace.scenarios.smoke import send_smoke_requests
 from llmtrace.scenarios.smoke import verify as verify_traces
 from llmtrace.scenarios.workload import Workload
+from llmtrace.semconv import attributes as a
 from llmtrace.stack import Stack
 from llmtrace.telemetry import setup_tracing
 from llmtrace.traces.model import Trace

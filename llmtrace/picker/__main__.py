@@ -22,6 +22,7 @@ from llmtrace.telemetry import setup_tracing
 
 SERVICE_NAME = "llm-d-epp"
 SCOPE = "llmtrace.picker"
+SWITCH_INTERVAL_S = 0.0002
 DEFAULT_REFRESH = "500ms"
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0}
 
@@ -101,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = options(sys.argv[1:] if arguments is None else arguments)
         tracing = setup_tracing(SERVICE_NAME, exporter=FastSpanExporter)
         try:
+            # Spans are encoded in a thread of their own: by default it may keep a request waiting for 5 ms.
+            sys.setswitchinterval(SWITCH_INTERVAL_S)
             server = PickerServer(found, Tracer(tracing.provider, tracing.processor, SCOPE))
             uvloop.run(_serve(server))
         finally:

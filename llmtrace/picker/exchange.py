@@ -275,7 +275,7 @@ class Exchange:
             if value is not None:
                 span.attributes[key] = value
         if usage.finish_reasons:
-            span.attributes[a.FINISH_REASONS] = usage.finish_reasons
+            span.attributes[a.FINISH_REASONS] = tuple(usage.finish_reasons)
         if self._series is not None and self._ended is not None:
             self._observe_series(self._series, usage, self._ended)
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
-from opentelemetry.util.types import AttributeValue
 from pydantic import BaseModel, ConfigDict
 from pydantic.alias_generators import to_camel
 
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from llmtrace.picker.endpoints import Endpoint, Pool
     from llmtrace.picker.metrics import Metrics
     from llmtrace.picker.request import InferenceRequest
+    from llmtrace.picker.spans import Attributes
 
 
 class Parameters(BaseModel):
@@ -57,7 +57,7 @@ class Scorer(Plugin[ParametersT]):
         """One score for each of ``endpoints``, in their order."""
         raise NotImplementedError
 
-    def span_attributes(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> dict[str, AttributeValue]:
+    def span_attributes(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> Attributes:
         """Further attributes of the scorer's span."""
         return {}
 

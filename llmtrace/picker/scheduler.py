@@ -10,7 +10,6 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any
 
-from opentelemetry.util.types import AttributeValue
 from prometheus_client import Histogram
 
 from llmtrace.picker.config import Configuration, Profile, WeightedScorer
@@ -18,7 +17,7 @@ from llmtrace.picker.endpoints import Endpoint
 from llmtrace.picker.metrics import Metrics
 from llmtrace.picker.plugin import Plugin, ProfileResult, SchedulingResult
 from llmtrace.picker.request import InferenceRequest, RequestError
-from llmtrace.picker.spans import Span, Tracer
+from llmtrace.picker.spans import Attributes, Span, Tracer
 from llmtrace.semconv import attributes as a
 
 SCOPE = "llm-d-router/pkg/epp/scheduling"
@@ -75,7 +74,7 @@ class Scheduler:
     ) -> ProfileResult:
         span = parent.child(a.PROFILE_SPAN, tracer=self._tracer)
         span.attributes[a.PROFILE_NAME] = profile.name
-        about: dict[str, AttributeValue] = {a.REQUEST_ID: request.id}
+        about: Attributes = {a.REQUEST_ID: request.id}
         if request.model:
             about[a.REQUEST_MODEL] = request.model
         self._filter(endpoints, span, about)
@@ -84,7 +83,7 @@ class Scheduler:
         span.end()
         return ProfileResult(picked)
 
-    def _filter(self, endpoints: Sequence[Endpoint], parent: Span, about: dict[str, AttributeValue]) -> None:
+    def _filter(self, endpoints: Sequence[Endpoint], parent: Span, about: Attributes) -> None:
         """The span of a step that llm-d always takes; the embedded picker has no filters."""
         span = parent.child(a.FILTER_SPAN)
         count = len(endpoints)
@@ -97,7 +96,7 @@ class Scheduler:
         request: InferenceRequest,
         endpoints: Sequence[Endpoint],
         parent: Span,
-        about: dict[str, AttributeValue],
+        about: Attributes,
     ) -> list[float]:
         span = parent.child(a.SCORING_SPAN)
         span.attributes = {
@@ -105,7 +104,7 @@ class Scheduler:
             a.SCORING_CANDIDATES: len(endpoints),
             **about,
         }
-        names = [endpoint.id for endpoint in endpoints]
+        names = tuple(endpoint.id for endpoint in endpoints)
         totals = [0.0] * len(endpoints)
         for weighted in profile.scorers:
             weight = weighted.weight
@@ -119,7 +118,7 @@ class Scheduler:
         weighted: WeightedScorer,
         request: InferenceRequest,
         endpoints: Sequence[Endpoint],
-        names: list[str],
+        names: tuple[str, ...],
         parent: Span,
     ) -> list[float]:
         scorer = weighted.scorer
@@ -136,7 +135,7 @@ class Scheduler:
                 a.SCORER_AVG: sum(scores) / len(scores),
                 a.SCORER_SCORED: len(scores),
                 a.SCORER_ENDPOINTS: names,
-                a.SCORER_SCORES: scores,
+                a.SCORER_SCORES: tuple(scores),
                 **scorer.span_attributes(request, endpoints),
             }
         span.end()
@@ -148,7 +147,7 @@ class Scheduler:
         endpoints: Sequence[Endpoint],
         totals: Sequence[float],
         parent: Span,
-        about: dict[str, AttributeValue],
+        about: Attributes,
     ) -> list[Endpoint]:
         span = parent.child(a.PICK_SPAN)
         with self._timers[PICKER, profile.picker.name]:
@@ -158,8 +157,8 @@ class Scheduler:
             best = ranked[:TRACED_ENDPOINTS]
             span.attributes = {
                 a.PICKER_CANDIDATES: len(endpoints),
-                a.TOP_ENDPOINTS: [name for _, name in best],
-                a.TOP_SCORES: [-total for total, _ in best],
+                a.TOP_ENDPOINTS: tuple(name for _, name in best),
+                a.TOP_SCORES: tuple(-total for total, _ in best),
                 **about,
             }
         span.end()

@@ -25,8 +25,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
 from llmtrace.errors import UserError
-from llmtrace.semconv import attributes as a
 from llmtrace.scenarios.workload import Chat, Message, Request, Workload
+from llmtrace.semconv import attributes as a
 
 METRICS_TIMEOUT_S = 10.0
 MOST_SAID = 240

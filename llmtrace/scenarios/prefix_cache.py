@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from llmtrace.semconv import attributes as a
 from llmtrace.scenarios.expectation import Expectation, ExpectedSpan
+from llmtrace.semconv import attributes as a
 
 NAME = "prefix-cache"
 CANDIDATE = "prefix-aware"

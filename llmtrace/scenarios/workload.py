@@ -92,7 +92,7 @@ class Workload:
 
     def chats(self, block: int) -> list[Chat]:
         """The chats of a block, in the order in which they are started."""
-        rng = random.Random(f"{self.seed}/{block}")  # noqa: S311 - a reproducible draw, no secret
+        rng = random.Random(f"{self.seed}/{block}")
         chats = [
             self._chat(block, name, tenant, number, rng)
             for number in range(self.conversations)
@@ -114,5 +114,5 @@ class Workload:
 
     def arm_order(self, block: int, arms: tuple[str, str]) -> tuple[str, str]:
         """Order of the arms within a block: ABBA from block to block, the first one drawn from the seed."""
-        first = random.Random(self.seed).randrange(2)  # noqa: S311
+        first = random.Random(self.seed).randrange(2)
         return arms if (block + first) % 2 == 0 else (arms[1], arms[0])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrace.picker.ext_proc import MESSAGES, OVERWRITE, ONEOFS
+from llmtrace.picker.ext_proc import MESSAGES, ONEOFS, OVERWRITE
 
 XDS_PROTOS = "xds-protos==1.85.0"
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import httpx
 import pytest
-from llmtrace.traces.tempo import TempoClient
 
 from llmtrace.errors import UserError
 from llmtrace.scenarios.expectation import verify_trace
 from llmtrace.scenarios.prefix_cache import EXPECTATION
 from llmtrace.stack import Stack
+from llmtrace.traces.tempo import TempoClient
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 
 from llmtrace.picker import config
 from llmtrace.picker.endpoints import Endpoint, Load, Pool
@@ -19,7 +17,9 @@ from llmtrace.picker.exchange import Exchange, Services
 from llmtrace.picker.ext_proc import ProcessingRequest
 from llmtrace.picker.metrics import Metrics
 from llmtrace.picker.scheduler import Scheduler
-from llmtrace.picker.spans import Tracer
+from llmtrace.picker.spans import Tracer, otlp_request
+from llmtrace.traces import otlp
+from llmtrace.traces.model import Span
 
 PREFIX_AWARE: dict[str, Any] = {
     "apiVersion": "llm-d.ai/v1alpha1",
@@ -67,6 +67,20 @@ class Handle:
         self.metrics = Metrics(self.pool)
 
 
+class Memory(SpanProcessor):
+    """Keeps ended spans."""
+
+    def __init__(self) -> None:
+        self.ended: list[Any] = []
+
+    def on_end(self, span: Any) -> None:
+        self.ended.append(span)
+
+    def spans(self) -> list[Span]:
+        """The spans as a backend sees them."""
+        return list(otlp.spans(otlp_request(self.ended).resource_spans))
+
+
 class Picker:
     """A picker whose spans and metrics can be looked at."""
 
@@ -76,23 +90,23 @@ class Picker:
         path = tmp_path / "picker.yaml"
         path.write_text(yaml.safe_dump(content or PREFIX_AWARE))
         self.configuration = config.load(path, self.handle)
-        self.exporter = InMemorySpanExporter()
-        self.tracer = Tracer(TracerProvider(), SimpleSpanProcessor(self.exporter), "test")
+        self.memory = Memory()
+        self.tracer = Tracer(TracerProvider(), self.memory, "test")
         self.scheduler = Scheduler(self.configuration, self.handle.metrics, self.tracer)
         self.services = Services.make(self.handle.pool, self.scheduler, self.handle.metrics, self.tracer)
 
     @property
-    def spans(self) -> list[ReadableSpan]:
-        return list(self.exporter.get_finished_spans())
+    def spans(self) -> list[Span]:
+        return self.memory.spans()
 
-    def span(self, name: str) -> ReadableSpan:
+    def span(self, name: str) -> Span:
         (found,) = [span for span in self.spans if span.name == name]
         return found
 
     def exchange(self, metadata: dict[str, str] | None = None) -> Exchange:
         return Exchange(self.services, metadata or {})
 
-    def value(self, name: str, **labels: str) -> float | None:
+    def value(self, name: str, /, **labels: str) -> float | None:
         return self.handle.metrics.registry.get_sample_value(name, labels)
 
 

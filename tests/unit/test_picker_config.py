@@ -87,8 +87,7 @@ def test_what_is_left_out_gets_llm_ds_defaults(tmp_path: Path) -> None:
         (plugins({"type": "queue-scorer"}, {"type": "queue-scorer"}), "there are two plugins named 'queue-scorer'"),
         (
             plugins({"type": "load-aware-scorer", "parameters": {"treshold": 1}}),
-            "plugin 'load-aware-scorer' (plugins[1]): unknown parameter 'treshold'; "
-            "the nearest known one is 'threshold'",
+            "(plugins[1]): unknown parameter 'treshold'; the nearest known one is 'threshold'",
         ),
         (
             plugins({"type": "queue-scorer", "parameters": {"x": 1}}),

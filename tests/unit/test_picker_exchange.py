@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.trace import StatusCode
 from picking import (
     PREFIX_AWARE,
     Picker,
@@ -128,7 +127,7 @@ def test_a_body_that_is_no_json_is_answered_400(picker: Picker) -> None:
     assert response.status.code == 400
     assert response.body.startswith(b"inference error: BadRequest - error unmarshaling request bodyMap")
     span = picker.span(a.GATEWAY_SPAN)
-    assert span.status.status_code is StatusCode.ERROR
+    assert span.status == "ERROR"
     assert [event.name for event in span.events] == ["exception"]
     assert (
         picker.value(
@@ -151,7 +150,7 @@ def test_without_a_ready_endpoint_503_and_the_reason(picker: Picker, pool: list[
     assert response.status.code == 503
     (option,) = response.headers.set_headers
     assert (option.header.key, option.header.raw_value) == (a.DROPPED_REASON_HEADER, b"rejected-no-endpoints")
-    assert picker.span(a.ORCHESTRATION_SPAN).status.status_code is StatusCode.ERROR
+    assert picker.span(a.ORCHESTRATION_SPAN).status == "ERROR"
     (answer,) = picker.exchange().handle(request_headers(end_of_stream=True))
     assert answer.immediate_response.status.code == 503
 
@@ -168,9 +167,11 @@ def test_a_huge_body_is_answered_413(picker: Picker) -> None:
 def test_a_fault_in_scheduling_does_not_fail_the_request(picker: Picker, monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = picker.configuration.profiles["default"].scorers[0].scorer
     monkeypatch.setattr(scorer, "score", lambda *_: 1 / 0)
-    routed = route(picker.exchange())
+    exchange = picker.exchange()
+    routed = route(exchange)
     assert headers_set(routed[0])[a.DESTINATION_HEADER].startswith("10.0.0.")
-    assert picker.span(a.ORCHESTRATION_SPAN).status.status_code is StatusCode.ERROR
+    exchange.close()
+    assert picker.span(a.ORCHESTRATION_SPAN).status == "ERROR"
 
 
 # Spans
@@ -181,11 +182,9 @@ def test_the_span_hangs_under_envoys_own_span_of_the_stream(picker: Picker) -> N
     routed = route(exchange, traceparent=CLIENT)
     exchange.close()
     span = picker.span(a.GATEWAY_SPAN)
-    assert span.parent is not None
-    assert span.context is not None
-    assert f"{span.parent.span_id:016x}" == "3" * 16
+    assert span.parent_id == "3" * 16
     passed_on = headers_set(routed[0])["traceparent"]
-    assert passed_on == f"00-{'1' * 32}-{span.context.span_id:016x}-01", "the model server hangs under it"
+    assert passed_on == f"00-{'1' * 32}-{span.span_id}-01", "the model server hangs under it"
 
 
 def test_without_it_under_the_callers(picker: Picker) -> None:
@@ -193,7 +192,7 @@ def test_without_it_under_the_callers(picker: Picker) -> None:
         exchange = picker.exchange(metadata)
         route(exchange, traceparent=CLIENT)
         exchange.close()
-    assert {f"{s.parent.span_id:016x}" for s in picker.spans if s.name == a.GATEWAY_SPAN and s.parent} == {"2" * 16}
+    assert {s.parent_id for s in picker.spans if s.name == a.GATEWAY_SPAN} == {"2" * 16}
 
 
 def test_without_tracing_the_callers_context_goes_on_untouched(tmp_path: Path) -> None:
@@ -214,13 +213,13 @@ def test_an_unsampled_request_stays_so(picker: Picker) -> None:
 
 def test_every_endpoints_scores_are_in_the_trace(picker: Picker) -> None:
     complete(picker, "word " * 500)
-    picker.exporter.clear()
+    picker.memory.ended.clear()
     complete(picker, "word " * 500)
-    prefix = picker.span("llm_d.epp.scorer.prefix-cache-scorer").attributes or {}
+    prefix = picker.span("llm_d.epp.scorer.prefix-cache-scorer").attributes
     assert prefix[a.SCORER_ENDPOINTS] == ["default/vllm-0", "default/vllm-1"]
     assert sorted(prefix[a.SCORER_SCORES]) == [0.0, 1.0]  # type: ignore[type-var, arg-type]
     assert sorted(prefix[a.MATCH_TOKENS]) == [0, prefix[a.ESTIMATED_PROMPT_TOKENS]]  # type: ignore[type-var, arg-type]
-    gateway = picker.span(a.GATEWAY_SPAN).attributes or {}
+    gateway = picker.span(a.GATEWAY_SPAN).attributes
     chosen = prefix[a.SCORER_ENDPOINTS][prefix[a.SCORER_SCORES].index(1.0)]  # type: ignore[index, union-attr]
     assert gateway[a.ENDPOINT_NAME] == chosen
     assert (gateway[a.INPUT_TOKENS], gateway[a.OUTPUT_TOKENS], gateway[a.CACHED_TOKENS]) == (9, 3, 4)
@@ -242,7 +241,7 @@ def test_a_stream_is_passed_on_piece_by_piece_and_measured(picker: Picker) -> No
         streamed = sent.response_body.response.body_mutation.streamed_response
         assert (streamed.body, streamed.end_of_stream) == (chunk, index == 2)
     exchange.close()
-    attributes = picker.span(a.GATEWAY_SPAN).attributes or {}
+    attributes = picker.span(a.GATEWAY_SPAN).attributes
     assert attributes[a.FINISH_REASONS] == ["stop"]
     assert attributes[a.GATEWAY_TTFT] >= 0  # type: ignore[operator]
     assert picker.value("llm_d_epp_request_running", **MODEL) == 0
@@ -259,7 +258,7 @@ def test_a_failing_model_server_shows(picker: Picker) -> None:
     exchange.handle(response_headers(500))
     exchange.handle(response_body(b"oops"))
     exchange.close()
-    assert picker.span(a.GATEWAY_SPAN).status.status_code is StatusCode.ERROR
+    assert picker.span(a.GATEWAY_SPAN).status == "ERROR"
     assert picker.value("llm_d_epp_request_error_total", **MODEL, error_code="ModelServerError") == 1
 
 
@@ -270,22 +269,22 @@ def test_an_unknown_model_is_the_model_servers_answer(picker: Picker) -> None:
     exchange.handle(response_body(b'{"error": {}}'))
     exchange.close()
     span = picker.span(a.GATEWAY_SPAN)
-    assert span.status.status_code is StatusCode.UNSET
-    assert (span.attributes or {})["http.response.status_code"] == 404
+    assert span.status == "UNSET"
+    assert span.attributes["http.response.status_code"] == 404
 
 
 def test_a_client_that_leaves_shows(picker: Picker) -> None:
     exchange = picker.exchange()
     route(exchange)
     exchange.close(cancelled=True)
-    assert picker.span(a.GATEWAY_SPAN).status.status_code is StatusCode.ERROR
+    assert picker.span(a.GATEWAY_SPAN).status == "ERROR"
     assert picker.value("llm_d_epp_request_running", **MODEL) == 0
     assert picker.value("llm_d_epp_request_error_total", **MODEL, error_code="ClientDisconnect") == 1
 
 
 def test_no_prompt_text_is_in_the_spans(picker: Picker) -> None:
     complete(picker, "CANARY-7f3a")
-    assert "CANARY" not in "".join(span.to_json() for span in picker.spans)
+    assert "CANARY" not in str(picker.spans)
 
 
 def test_clients_cannot_make_metrics_grow_without_limit(picker: Picker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def test_prefix_cache_scorer() -> None:
     scorer = make("prefix-cache-scorer")
     assert scorer.score(request, endpoints) == [0.75, 0]
     assert scorer.span_attributes(request, endpoints) == {
-        a.MATCH_TOKENS: [192, 0],
+        a.MATCH_TOKENS: (192, 0),
         a.ESTIMATED_PROMPT_TOKENS: 256,
     }
     assert scorer.score(InferenceRequest(id="r"), endpoints) == [0, 0]

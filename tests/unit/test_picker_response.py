@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -20,7 +21,7 @@ STREAM = b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in 
 def read(body: bytes, *, streaming: bool, cuts: list[int] | None = None) -> Usage:
     reader = ResponseReader(streaming=streaming)
     edges = [0, *sorted(cuts or []), len(body)]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         reader.feed(body[start:end])
     return reader.end()
 

@@ -1,76 +1,99 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from google.protobuf import json_format
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, TraceIdRatioBased
-from opentelemetry.trace import SpanContext, SpanKind, TraceFlags, TraceState
+from opentelemetry.sdk.trace import Event, ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, Sampler, TraceIdRatioBased
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
+from picking import Memory
 
-from llmtrace.picker.spans import FastSpanExporter, Tracer, encode
+from llmtrace.picker.spans import FastSpanExporter, Span, Tracer, otlp_request
+from llmtrace.traces import otlp
 
 REMOTE = SpanContext(1 << 100, 7, True, TraceFlags(1), TraceState([("vendor", "x")]))
+RESOURCE = Resource({"service.name": "llm-d-epp", "n": 1, "b": True, "f": 0.5, "s": ("x", "y")})
 
 
-def make(sampler: object = None) -> tuple[Tracer, InMemorySpanExporter]:
-    exporter = InMemorySpanExporter()
-    provider = TracerProvider(resource=Resource({"service.name": "llm-d-epp", "n": 1}), sampler=sampler)  # type: ignore[arg-type]
-    return Tracer(provider, SimpleSpanProcessor(exporter), "outer"), exporter
+def make(sampler: Sampler | None = None) -> tuple[Tracer, Memory]:
+    memory = Memory()
+    return Tracer(TracerProvider(resource=RESOURCE, sampler=sampler), memory, "outer"), memory
+
+
+def readable(span: Span, start: int, end: int, events: list[Event]) -> ReadableSpan:
+    return ReadableSpan(
+        name=span.name,
+        context=span.context,
+        parent=span._parent,
+        resource=RESOURCE,
+        attributes=span.attributes,
+        events=events,
+        kind=span._kind,
+        status=Status(StatusCode.ERROR, events[0].attributes["exception.message"]) if events else None,  # type: ignore[index, arg-type]
+        start_time=start,
+        end_time=end,
+        instrumentation_scope=InstrumentationScope(span.tracer.scope),
+    )
 
 
 def test_the_encoding_is_that_of_the_sdk() -> None:
-    tracer, exporter = make()
+    tracer, memory = make()
     root = tracer.start("gateway.request", REMOTE, SpanKind.SERVER)
-    root.attributes = {"text": "ä", "yes": True, "many": 3, "share": 0.5, "names": ["a", "b"], "scores": [1.0, 0.0]}
+    root.attributes = {"text": "ä", "yes": True, "many": 3, "share": 0.5, "names": ("a", "b"), "scores": (1.0, 0.0)}
     child = root.child("inner", tracer=tracer.scoped("inner"))
-    child.attributes = {"none": [], "tokens": (1, 2)}
+    child.attributes = {"none": (), "tokens": (1, 2), "one": 1, "true": True}
     child.fail("BadRequest", "wrong")
     child.end()
     root.end()
-    spans = exporter.get_finished_spans()
+    ours = list(otlp.spans(otlp_request(memory.ended).resource_spans))
+    events = [
+        [Event(event.name, event.attributes, event.time_ns) for event in span.events]  # type: ignore[arg-type]
+        for span in ours
+    ]
+    pairs = zip(memory.ended, ours, events, strict=True)
+    theirs = encode_spans([readable(span, mine.start_ns, mine.end_ns, found) for span, mine, found in pairs])
+    assert ours == list(otlp.spans(theirs.resource_spans))
+    flags = [s.flags for r in otlp_request(memory.ended).resource_spans for g in r.scope_spans for s in g.spans]
+    assert flags == [0x101, 0x301], "sampled; whether the parent is remote"
 
-    def by_name(message: object) -> dict[str, object]:
-        content = json_format.MessageToDict(message)  # type: ignore[arg-type]
-        (resource,) = content["resourceSpans"]
-        for span in [span for scope in resource["scopeSpans"] for span in scope["spans"]]:
-            # The SDK leaves the W3C flags out of the lower bits, and sends an empty status.
-            span["flags"] &= ~0xFF
-            span.setdefault("status", {})
-        return {scope["scope"]["name"]: (resource["resource"], scope["spans"]) for scope in resource["scopeSpans"]}
 
-    assert by_name(encode(spans)) == by_name(encode_spans(spans))
+@pytest.mark.parametrize(("first", "second"), [(1, 1.0), (1, True), (0.0, False)])
+def test_equal_values_of_other_types_are_told_apart(first: Any, second: Any) -> None:
+    tracer, memory = make()
+    for value in (first, second):
+        span = tracer.start("x", None, SpanKind.SERVER)
+        span.attributes["same"] = value
+        span.end()
+    found = [type(span.attributes["same"]) for span in memory.spans()]
+    assert found == [type(first), type(second)]
 
 
 def test_the_exporter_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A version of the SDK that encodes elsewhere would silently make the picker slow."""
+    """A version of the SDK that encodes elsewhere would send nothing."""
     tracer, memory = make()
     tracer.start("x", None, SpanKind.SERVER).end()
     exporter, sent = FastSpanExporter(endpoint="http://127.0.0.1:9", insecure=True), []
-    monkeypatch.setattr("llmtrace.picker.spans.encode", lambda spans: sent.append(spans) or encode(spans))
-    monkeypatch.setattr(exporter, "_client", type("Client", (), {"Export": staticmethod(lambda **_: None)}))
-    exporter.export(memory.get_finished_spans())
+    client = type("Client", (), {"Export": staticmethod(lambda request, **_: sent.append(request))})
+    monkeypatch.setattr(exporter, "_client", client)
+    exporter.export(memory.ended)
     exporter.shutdown()
-    assert len(sent) == 1
+    assert [span.name for span in otlp.spans(sent[0].resource_spans)] == ["x"]
 
 
 def test_a_child_hangs_under_its_parent_and_keeps_the_trace_state() -> None:
-    tracer, exporter = make()
+    tracer, memory = make()
     root = tracer.start("root", REMOTE, SpanKind.SERVER)
     child = root.child("child", SpanKind.SERVER)
     child.end()
     root.end()
-    inner, outer = exporter.get_finished_spans()
-    assert outer.parent == REMOTE
-    assert inner.parent is not None
-    assert outer.context is not None
-    assert inner.context is not None
-    assert inner.parent.span_id == outer.context.span_id
-    assert {inner.context.trace_id, outer.context.trace_id} == {REMOTE.trace_id}
-    assert inner.context.trace_state.to_header() == "vendor=x"
-    assert (inner.start_time or 0) <= (inner.end_time or 0)
+    inner, outer = memory.spans()
+    assert (outer.parent_id, inner.parent_id) == (f"{REMOTE.span_id:016x}", outer.span_id)
+    assert {inner.trace_id, outer.trace_id} == {f"{REMOTE.trace_id:032x}"}
+    assert child.context.trace_state.to_header() == "vendor=x"
+    assert outer.start_ns <= inner.start_ns <= inner.end_ns <= outer.end_ns
 
 
 @pytest.mark.parametrize(
@@ -83,13 +106,13 @@ def test_a_child_hangs_under_its_parent_and_keeps_the_trace_state() -> None:
         (ParentBased(TraceIdRatioBased(1)), SpanContext(1, 2, True, TraceFlags(0)), False),
     ],
 )
-def test_sampling_is_that_of_the_sdk(sampler: object, parent: SpanContext | None, sampled: bool) -> None:
-    tracer, exporter = make(sampler)
+def test_sampling_is_that_of_the_sdk(sampler: Sampler | None, parent: SpanContext | None, sampled: bool) -> None:
+    tracer, memory = make(sampler)
     span = tracer.start("x", parent, SpanKind.SERVER)
     span.child("y").end()
     span.end()
     assert span.recording is sampled
-    assert len(exporter.get_finished_spans()) == (2 if sampled else 0)
+    assert len(memory.ended) == (2 if sampled else 0)
 
 
 def test_without_exporter_nothing_is_recorded() -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from opentelemetry.util.types import AttributeValue
 from pydantic import Field, model_validator
 
 from llmtrace.picker.endpoints import Endpoint
 from llmtrace.picker.plugin import REGISTRY, Parameters, Scorer
 from llmtrace.picker.plugins.approx_prefix_cache_producer import ApproxPrefixCacheProducer, PrefixMatch
 from llmtrace.picker.request import InferenceRequest
+from llmtrace.picker.spans import Attributes
 from llmtrace.semconv import attributes as a
 
 
@@ -56,12 +56,12 @@ class PrefixCacheScorer(Scorer[PrefixCacheScorerParameters]):
             scores.append(score)
         return scores
 
-    def span_attributes(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> dict[str, AttributeValue]:
+    def span_attributes(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> Attributes:
         """The evidence: prompt tokens in all, and those that each endpoint should have cached."""
         match: PrefixMatch | None = request.data.get(self.parameters.producer)
         if match is None:
             return {}
         return {
-            a.MATCH_TOKENS: [match.tokens(endpoint.id) for endpoint in endpoints],
+            a.MATCH_TOKENS: tuple(match.tokens(endpoint.id) for endpoint in endpoints),
             a.ESTIMATED_PROMPT_TOKENS: match.prompt_tokens,
         }
