@@ -229,3 +229,9 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); give another file") from None
+
+
+def mount(app: typer.Typer) -> None:
+    """Add the commands to ``app``."""
+    for command in (run, answer, verify, trace):
+        app.command()(command)

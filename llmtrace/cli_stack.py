@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +32,12 @@ def up(context: typer.Context) -> None:
 
     Further arguments go to ansible-playbook, for example `-e vllm_servers=2` or `--check --diff`.
     """
-    _exit_as(playbook.run("site.yml", context.args))
+    stand_up(context.args)
+
+
+def stand_up(arguments: Sequence[str] = ()) -> None:
+    """Run the playbook; exit code 1 where it fails."""
+    _exit_as(playbook.run("site.yml", arguments))
 
 
 def down(
