@@ -22,7 +22,6 @@ from rich.progress import (
 from llmtrace.errors import UserError
 from llmtrace.perfetto import perfetto_json
 from llmtrace.render import tree
-from llmtrace.report import prefix_cache_html
 from llmtrace.scenarios.driver import Driver, Settings
 from llmtrace.scenarios.expectation import CLOCK_TOLERANCE_MS
 from llmtrace.scenarios.prefix_cache import ARMS, EXPECTATION, NAME
@@ -107,6 +106,9 @@ def answer(
     run_id = run_id or latest_run(tempo, scenario)
     found = compute_answer(run_id, load_run(tempo, run_id))
     if html is not None:
+        # The plotting library takes a second to import; only reports need it.
+        from llmtrace.report import prefix_cache_html
+
         _write(html, prefix_cache_html(found))
     if as_json:
         typer.echo(found.model_dump_json(indent=2))

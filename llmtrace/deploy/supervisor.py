@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import subprocess
 import sys
@@ -15,6 +16,19 @@ import psutil
 from supervisor.xmlrpc import SupervisorTransport
 
 from llmtrace.errors import UserError
+
+
+AUTOGROUP_NICE = 10
+
+
+def _give_way(pid: int) -> None:
+    """Let the stack's session yield the CPU to others (Linux autogroups, sched(7)).
+
+    A session whose model servers use every core keeps those of other sessions, such as the scenario driver's, from
+    running for up to seconds. Where the kernel has no autogroups there is nothing to do.
+    """
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/autogroup").write_text(str(AUTOGROUP_NICE))
 
 
 @dataclass(frozen=True)
@@ -85,6 +99,7 @@ class Supervisor:
             if time.monotonic() > deadline:
                 raise UserError(f"supervisord did not answer on {self.socket} within {timeout_s:g} s")
             time.sleep(0.1)
+        _give_way(cast("int", self.pid()))
 
     def processes(self) -> list[Process]:
         """All processes, in supervisord's order."""

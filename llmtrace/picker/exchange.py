@@ -13,7 +13,7 @@ import random
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from time import perf_counter
+from time import perf_counter, time_ns
 from typing import Any
 
 from opentelemetry.trace import SpanContext, SpanKind, get_current_span
@@ -80,6 +80,7 @@ class Exchange:
         self._started = perf_counter()
         self._first_byte: float | None = None
         self._ended: float | None = None
+        self._ended_ns: int | None = None
         self._error_code = ""
         self._handlers: dict[str | None, Callable[[Any], list[Any]]] = {
             "request_headers": self._request_headers,
@@ -121,7 +122,8 @@ class Exchange:
         self._observe(span)
         if self._error_code:
             (self._series or self._services.metrics.series("", "")).error(self._error_code)
-        span.end()
+        # Envoy's span of the stream ends with the response's last part; this one must not outlive it.
+        span.end(self._ended_ns)
 
     # Messages, in the order in which they come.
 
@@ -255,6 +257,7 @@ class Exchange:
     def _finish(self) -> None:
         if self._ended is None:
             self._ended = perf_counter()
+            self._ended_ns = time_ns()
 
     def _observe(self, span: Span) -> None:
         """Attributes and metrics of the response, as far as it came."""

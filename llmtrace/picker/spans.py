@@ -84,11 +84,11 @@ class Span:
         """Set status ERROR, with an exception event as OpenTelemetry's conventions have it."""
         self._error = (error_type, message, time_ns())
 
-    def end(self) -> None:
-        """End the span now."""
+    def end(self, end_ns: int | None = None) -> None:
+        """End the span, now or at ``end_ns``."""
         if not self.recording:
             return
-        self._end_ns = time_ns()
+        self._end_ns = end_ns or time_ns()
         self._ended.append(self)
         if self._first:
             for span in self._ended:
