@@ -102,6 +102,7 @@ def envoy_config(ports: dict[str, Any]) -> dict[str, Any]:
             picker_ports={"picker": {"grpc": ports["picker"]}},
             collector_otlp_grpc_port=ports["sink"],
             picker_binary="",
+            tracing_off=[],
         )
     )
     listeners = config["static_resources"]["listeners"]

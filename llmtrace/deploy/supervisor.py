@@ -17,7 +17,6 @@ from supervisor.xmlrpc import SupervisorTransport
 
 from llmtrace.errors import UserError
 
-
 AUTOGROUP_NICE = 10
 
 

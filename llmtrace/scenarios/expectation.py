@@ -16,6 +16,10 @@ CLOCK_TOLERANCE_MS = 10.0
 closes only after it has handed the last byte on."""
 
 
+COLLECTOR = "collector"
+"""The component to look at when a trace is missing as a whole: everything passes through it."""
+
+
 class Fault(StrEnum):
     """What can be wrong with a trace."""
 
@@ -122,6 +126,10 @@ class _Verification:
         self.distinct = tuple(trace.by_id.values())
 
     def problems(self) -> Iterator[Problem]:
+        if not self.trace.spans:
+            message = "no span of the trace arrived in the store"
+            yield self._problem(Fault.MISSING, COLLECTOR, message)
+            return
         for expected in self.expectation.spans:
             yield from self._presence(expected)
         yield from self._shape()

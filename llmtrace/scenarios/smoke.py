@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from llmtrace.errors import UserError
 from llmtrace.scenarios.driver import Driver
-from llmtrace.scenarios.expectation import CLOCK_TOLERANCE_MS, Expectation, Problem, verify_trace
+from llmtrace.scenarios.expectation import CLOCK_TOLERANCE_MS, Expectation, Fault, Problem, verify_trace
 from llmtrace.scenarios.runs import wait_for
 from llmtrace.scenarios.workload import Request, Workload
 from llmtrace.traces.model import Trace
@@ -70,9 +70,12 @@ def verify(
     def problems(trace: Trace) -> list[Problem]:
         return verify_trace(trace, expectation, clock_tolerance_ms=clock_tolerance_ms)
 
-    seen = wait_for(store, list(sent), lambda trace: not problems(trace), timeout_s)
+    seen = wait_for(store, [each for each in sent if int(each, 16)], lambda trace: not problems(trace), timeout_s)
     checked = []
     for trace_id, arm in sent.items():
+        if not int(trace_id, 16):
+            checked.append(VerifiedTrace(trace_id=trace_id, arm=arm, spans=0, problems=[_untraced(expectation)]))
+            continue
         trace = seen[trace_id] or Trace(trace_id, ())
         checked.append(VerifiedTrace(trace_id=trace_id, arm=arm, spans=len(trace.spans), problems=problems(trace)))
     return Verification(
@@ -81,4 +84,15 @@ def verify(
         ok=not any(t.problems for t in checked) and not failed_requests,
         failed_requests=failed_requests or [],
         traces=checked,
+    )
+
+
+def _untraced(expectation: Expectation) -> Problem:
+    """The client made no span at all, and so named no trace."""
+    return Problem(
+        trace_id="",
+        fault=Fault.MISSING,
+        component="client",
+        message="the client's tracing is off: it sent its request without a trace",
+        hint=expectation.hints.get("client", ""),
     )

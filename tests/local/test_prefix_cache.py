@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from commands import llmtrace
 
 from llmtrace.errors import UserError
 from llmtrace.scenarios.expectation import verify_trace
@@ -18,11 +17,6 @@ from llmtrace.stack import Stack
 from llmtrace.traces.tempo import TempoClient
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
-
-
-def llmtrace(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from llmtrace.cli import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
 
 
 @pytest.fixture(scope="module")
