@@ -71,7 +71,8 @@ def run(
     )
     tempo = TempoClient(store or stack.store)
     console = Console(stderr=True)
-    provider = setup_tracing(a.CLIENT_SERVICE, "driver", default_endpoint=stack.collector_otlp_grpc).provider
+    tracing = setup_tracing(a.CLIENT_SERVICE, "driver", default_endpoint=stack.collector_otlp_grpc)
+    provider = tracing.provider
     try:
         driver = Driver(settings, provider)
         with _progress(console) as bars:
@@ -80,7 +81,7 @@ def run(
             record = asyncio.run(driver.run(workload))
         provider.force_flush(FLUSH_TIMEOUT_MS)
     finally:
-        provider.shutdown()
+        tracing.shutdown()
     record.save(stack.run_dir)
     ids = [trace_id for found in record.trace_ids.values() for trace_id in found]
     with console.status("waiting for the traces to reach the store"):
@@ -136,14 +137,15 @@ def verify(
     _known(scenario)
     stack = Stack.load()
     tempo = TempoClient(store or stack.store)
-    provider = setup_tracing(a.CLIENT_SERVICE, "driver", default_endpoint=stack.collector_otlp_grpc).provider
+    tracing = setup_tracing(a.CLIENT_SERVICE, "driver", default_endpoint=stack.collector_otlp_grpc)
+    provider = tracing.provider
     driver = Driver(_settings(stack, max_tokens=4), provider)
     driver.run_id = f"verify-{driver.run_id}"
     try:
         sent = asyncio.run(send_smoke_requests(driver))
         provider.force_flush(FLUSH_TIMEOUT_MS)
     finally:
-        provider.shutdown()
+        tracing.shutdown()
     with Console(stderr=True).status("waiting for the traces to reach the store"):
         result = verify_traces(
             tempo,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass
 
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -10,6 +11,7 @@ from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
+SHUTDOWN_S = 5.0
 ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
 
@@ -19,6 +21,12 @@ class Tracing:
 
     provider: TracerProvider
     processor: SpanProcessor | None
+
+    def shutdown(self, timeout_s: float = SHUTDOWN_S) -> None:
+        """Export what is queued, within ``timeout_s``: a collector that is not there must not hold up the end."""
+        thread = threading.Thread(target=self.provider.shutdown, daemon=True)
+        thread.start()
+        thread.join(timeout_s)
 
 
 def setup_tracing(

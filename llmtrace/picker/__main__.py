@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             server = PickerServer(found, Tracer(tracing.provider, tracing.processor, SCOPE))
             uvloop.run(_serve(server))
         finally:
-            tracing.provider.shutdown()
+            tracing.shutdown()
     except UserError as error:
         print(f"llmtrace.picker: {error}", file=sys.stderr)
         return 2

@@ -108,6 +108,11 @@ class Exchange:
             self._services.metrics.request_processing.observe(perf_counter() - self._started)
             return [_immediate(error)]
 
+    @property
+    def complete(self) -> bool:
+        """Whether the response passed as a whole, or the picker gave its own."""
+        return self.answered or self._ended is not None
+
     def close(self, *, cancelled: bool = False) -> None:
         """The stream is over: observe the metrics and end the span."""
         span = self._span
@@ -115,8 +120,7 @@ class Exchange:
             return
         if self._running and self._series is not None:
             self._series.running.dec()
-        complete = self._ended is not None
-        if not self.answered and not complete:
+        if not self.complete:
             self._error_code = "ClientDisconnect" if cancelled or not self._status else "Incomplete"
             span.fail(self._error_code, "the exchange ended before the response was complete")
         self._observe(span)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Iterable
 
@@ -33,6 +34,8 @@ def parse(text: str) -> Load:
     usage: list[float] = []
     for family in text_string_to_metric_families("\n".join([*lines, ""])):
         for sample in family.samples:
+            if not math.isfinite(sample.value):
+                continue
             if sample.name == WAITING:
                 load.waiting += int(sample.value)
             elif sample.name == RUNNING:
@@ -59,16 +62,28 @@ class Scraper:
         self._interval_s = interval_s
         self._client = httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False)
         self._failing: set[str] = set()
+        self._running: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
-        """Scrape until cancelled."""
+        """Scrape until cancelled. A server that takes long to answer keeps no other one waiting."""
         try:
             while True:
-                started = time.monotonic()
-                await self.once(self._pool)
-                await asyncio.sleep(max(0.0, started + self._interval_s - time.monotonic()))
+                for endpoint in self._pool:
+                    running = self._running.get(endpoint.id)
+                    if running is None or running.done():
+                        self._running[endpoint.id] = asyncio.create_task(self._scrape(endpoint))
+                await asyncio.sleep(self._interval_s)
+                known = {endpoint.id for endpoint in self._pool}
+                self._running = {id_: task for id_, task in self._running.items() if id_ in known or not task.done()}
         finally:
-            await self._client.aclose()
+            for task in self._running.values():
+                task.cancel()
+            await asyncio.gather(*self._running.values(), return_exceptions=True)
+            await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
 
     async def once(self, endpoints: Iterable[Endpoint]) -> None:
         """Scrape every endpoint once, side by side."""
@@ -85,7 +100,7 @@ class Scraper:
         except httpx.ConnectError as error:
             endpoint.answered_at = None
             self._failed(endpoint, error)
-        except (httpx.HTTPError, ValueError) as error:
+        except (httpx.HTTPError, ValueError, OverflowError) as error:
             self._failed(endpoint, error)
 
     def _failed(self, endpoint: Endpoint, error: Exception) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from wsgiref.simple_server import WSGIServer
@@ -22,7 +23,8 @@ from llmtrace.picker.scheduler import Scheduler
 from llmtrace.picker.scrape import Scraper
 from llmtrace.picker.spans import Tracer
 
-GRACE_S = 10.0
+CANCELLATION_S = 0.02
+GRACE_S = 5.0
 """How long running exchanges may go on after the order to stop."""
 MAX_MESSAGE_BYTES = 16 << 20
 
@@ -57,19 +59,15 @@ class PickerServer:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until ``stop`` is set; raises UserError where the start fails."""
+        self._check_ports()
         self._configuration.discovery.load()
         await self._scraper.once(self.pool)
-        server = self._ext_proc_server()
+        server, port = self._ext_proc_server()
         health_server, health_servicer = self._health_server()
+        metrics_server = self._metrics_server()
         await server.start()
         await health_server.start()
-        metrics_server = self._metrics_server()
-        _log.info(
-            "picking among %d endpoints on %s:%d",
-            len(self.pool),
-            self._options.bind_address,
-            self._options.grpc_port,
-        )
+        _log.info("picking among %d endpoints on %s:%d", len(self.pool), self._options.bind_address, port)
         await health_servicer.set("", health_pb2.HealthCheckResponse.SERVING)
         await health_servicer.set(ext_proc.SERVICE, health_pb2.HealthCheckResponse.SERVING)
         tasks = [
@@ -98,13 +96,32 @@ class PickerServer:
                     await context.write(response)
                 if exchange.answered:
                     return
+            if not exchange.complete:
+                # A cancelled stream first reads as ended; the cancellation comes a moment later.
+                await asyncio.sleep(CANCELLATION_S)
         except asyncio.CancelledError:
             cancelled = True
             raise
         finally:
             exchange.close(cancelled=cancelled)
 
-    def _ext_proc_server(self) -> grpc.aio.Server:
+    def _check_ports(self) -> None:
+        """Refuse taken ports before anything is started."""
+        options = self._options
+        ports = {
+            "--grpc-port": options.grpc_port,
+            "--grpc-health-port": options.health_port,
+            "--metrics-port": options.metrics_port,
+        }
+        for flag, port in ports.items():
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind((options.bind_address, port))
+                except OSError:
+                    raise self._taken(port, flag) from None
+
+    def _ext_proc_server(self) -> tuple[grpc.aio.Server, int]:
         handler = grpc.stream_stream_rpc_method_handler(
             self.process,
             request_deserializer=ext_proc.ProcessingRequest.FromString,
@@ -118,8 +135,7 @@ class PickerServer:
             ]
         )
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(ext_proc.SERVICE, {"Process": handler}),))
-        self._bind(server, self._options.grpc_port, "--grpc-port")
-        return server
+        return server, self._bind(server, self._options.grpc_port, "--grpc-port")
 
     def _health_server(self) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
         server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
@@ -128,11 +144,12 @@ class PickerServer:
         self._bind(server, self._options.health_port, "--grpc-health-port")
         return server, servicer
 
-    def _bind(self, server: grpc.aio.Server, port: int, flag: str) -> None:
+    def _bind(self, server: grpc.aio.Server, port: int, flag: str) -> int:
         try:
-            server.add_insecure_port(f"{self._options.bind_address}:{port}")
+            bound: int = server.add_insecure_port(f"{self._options.bind_address}:{port}")
         except RuntimeError:
             raise self._taken(port, flag) from None
+        return bound
 
     def _metrics_server(self) -> WSGIServer:
         try:

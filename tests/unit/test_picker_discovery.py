@@ -15,7 +15,7 @@ from picking import Handle, endpoint
 from llmtrace.errors import UserError
 from llmtrace.picker import scrape
 from llmtrace.picker.endpoints import STALE_AFTER_S, Pool
-from llmtrace.picker.plugins.file_discovery import FileDiscovery, FileDiscoveryParameters, read_endpoints
+from llmtrace.picker.plugins.file_discovery import FileDiscovery, FileDiscoveryParameters, parse, read
 
 ONE = 'endpoints: [{name: a, address: 127.0.0.1, port: "8000"}]'
 TWO = 'endpoints: [{name: a, address: 127.0.0.1, port: "8000"}, {name: b, address: 127.0.0.1, port: "8001"}]'
@@ -56,7 +56,7 @@ def test_a_wrong_file_is_refused(tmp_path: Path, text: str, sentence: str) -> No
     path = tmp_path / "endpoints.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
-        read_endpoints(path)
+        parse(read(path), path)
     assert sentence in str(caught.value)
 
 
@@ -64,7 +64,7 @@ def test_a_wrong_file_is_refused(tmp_path: Path, text: str, sentence: str) -> No
 def test_an_empty_pool_is_allowed(tmp_path: Path, text: str) -> None:
     path = tmp_path / "endpoints.yaml"
     path.write_text(text)
-    assert read_endpoints(path) == []
+    assert parse(read(path), path) == []
 
 
 async def eventually(condition: Callable[[], bool], what: str) -> None:

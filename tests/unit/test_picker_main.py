@@ -15,7 +15,6 @@ import yaml
 from picking import PREFIX_AWARE
 
 from llmtrace.errors import UserError
-from llmtrace.picker import __main__ as module
 from llmtrace.picker.__main__ import main, options
 from llmtrace.picker.server import Options
 
@@ -161,7 +160,7 @@ def test_a_taken_port(config: Path, flag: str) -> None:
         ports = {"--grpc-port": 0, "--grpc-health-port": 0, "--metrics-port": 0, flag: port}
         ended = subprocess.run(
             [
-                *(sys.executable, "-m", module.__spec__.name.rpartition(".")[0], "--pool-name", "p"),
+                *(sys.executable, "-m", "llmtrace.picker", "--pool-name", "p"),
                 *("--config-file", str(config), *(f"{name}={value}" for name, value in ports.items())),
             ],
             env=dict(os.environ),

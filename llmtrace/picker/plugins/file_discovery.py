@@ -16,6 +16,7 @@ from llmtrace.picker.endpoints import Endpoint
 from llmtrace.picker.plugin import REGISTRY, Discovery, Handle, Parameters
 
 MAX_FILE_BYTES = 1 << 20
+RELOAD_MS = 1000
 
 _log = logging.getLogger(__name__)
 
@@ -62,8 +63,8 @@ class EndpointsFile(BaseModel):
     endpoints: list[EndpointEntry] = Field(default_factory=list)
 
 
-def read_endpoints(path: Path) -> list[EndpointEntry]:
-    """Endpoints of a file; raises UserError where it cannot be read or says something impossible."""
+def read(path: Path) -> bytes:
+    """Content of an endpoints file; raises UserError where it cannot be read or is too large."""
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_FILE_BYTES + 1)
@@ -71,6 +72,11 @@ def read_endpoints(path: Path) -> list[EndpointEntry]:
         raise UserError(f"the endpoints file {path} cannot be read ({error.strerror})") from None
     if len(raw) > MAX_FILE_BYTES:
         raise UserError(f"the endpoints file {path} is larger than 1 MiB: split the pool")
+    return raw
+
+
+def parse(raw: bytes, path: Path) -> list[EndpointEntry]:
+    """Endpoints of a file's content; raises UserError where it says something impossible."""
     try:
         content: Any = yaml.safe_load(raw)
         found = EndpointsFile.model_validate({} if content is None else content).endpoints
@@ -95,23 +101,30 @@ class FileDiscovery(Discovery[FileDiscoveryParameters]):
 
     def __init__(self, name: str, parameters: FileDiscoveryParameters, handle: Handle) -> None:
         super().__init__(name, parameters, handle)
-        self._entries: list[EndpointEntry] | None = None
+        self._raw: bytes | None = None
 
     def load(self) -> None:
-        """Read the file into the pool."""
-        entries = read_endpoints(Path(self.parameters.path))
-        if entries == self._entries:
+        """Read the file into the pool, if it changed since the last time."""
+        path = Path(self.parameters.path)
+        raw = read(path)
+        if raw == self._raw:
             return
-        self._entries = entries
+        self._raw = raw
+        entries = parse(raw, path)
         _log.info("%s: %d endpoints", self.parameters.path, len(entries))
         self.handle.pool.replace(Endpoint(e.name, e.namespace, e.address, e.port, e.labels) for e in entries)
 
     async def watch(self) -> None:
-        """Reread on every change. The folder is watched: the file may be replaced, or be a link that moves."""
+        """Reread on every change, and look every second: what changed before the watch began is no event.
+
+        The folder is watched: the file may be replaced, or be a link that moves.
+        """
         if not self.parameters.watch_file:
             return
         folder = Path(self.parameters.path).parent
-        async for _ in awatch(folder, debounce=100, step=50, recursive=False):
+        async for _ in awatch(
+            folder, debounce=100, step=50, recursive=False, rust_timeout=RELOAD_MS, yield_on_timeout=True
+        ):
             try:
                 self.load()
             except UserError as error:
