@@ -42,7 +42,7 @@ def demo(
     cli_scenarios.run(NAME)
     step("3. Verify that each request gives one complete trace")
     cli_scenarios.verify(NAME)
-    step("4. Answer from the traces: where were the cache hits, and does the routing improve TTFT?")
+    step("4. Answer from the traces")
     report.parent.mkdir(parents=True, exist_ok=True)
     cli_scenarios.answer(NAME, html=report)
     stack = Stack.load()

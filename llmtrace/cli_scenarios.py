@@ -91,7 +91,7 @@ def run(
         f"run {record.run_id}: {record.requests} requests in {record.seconds:.0f} s, {record.failed} failed"
         + (f"; {late} traces are not complete in the store yet" if late else "")
     )
-    console.print(f"next: llmtrace answer {scenario}    one trace: llmtrace trace {ids[-1]}")
+    console.print(f"next: llmtrace answer {scenario}    one trace: llmtrace trace {ids[-1]}", soft_wrap=True)
 
 
 def answer(

@@ -28,6 +28,9 @@ SHOWN: dict[str, dict[str, str]] = {
         "gen_ai.usage.cache_read.input_tokens": "cached",
         "llmtrace.gateway.ttft_ms": "ttft ms",
     },
+    "ingress": {"http.status_code": "status", "request_size": "bytes in", "response_size": "bytes out"},
+    "async * egress": {"upstream_cluster": "to"},
+    "router * egress": {"upstream_address": "to"},
     "gateway.request_orchestration": {"target_model": "model"},
     "run_scheduler_profile": {"llm_d.epp.scheduling.profile.name": "profile"},
     "filter_endpoints": {
@@ -62,10 +65,12 @@ PER_ENDPOINT = {
 """Arrays with an element for each endpoint, and the array that names the endpoints."""
 
 MOST_OTHERS = 6
+NAME_WIDTH = 52
+"""Longer names, indentation included, are cut."""
 SECONDS = "gen_ai.latency."
 
 
-def tree(trace: Trace, *, bar_width: int = 24) -> RenderableType:
+def tree(trace: Trace, *, bar_width: int = 16) -> RenderableType:
     """The trace as a table: spans indented under their parents, start, duration, bar, attributes."""
     start = min((s.start_ns for s in trace.spans), default=0)
     end = max((s.end_ns for s in trace.spans), default=0)
@@ -80,7 +85,8 @@ def tree(trace: Trace, *, bar_width: int = 24) -> RenderableType:
     orphans = {id(s) for s in trace.orphans}
     for depth, span in trace.walk():
         colour = colours[_sender(span)]
-        name = Text("  " * depth + span.name, style="bold red" if span.status == "ERROR" else "")
+        name = Text(" " * depth + span.name, style="bold red" if span.status == "ERROR" else "")
+        name.truncate(NAME_WIDTH, overflow="ellipsis")
         if id(span) in orphans:
             name.append(f"  orphan: parent {span.parent_id} is not in the trace", style="bold red")
         table.add_row(

@@ -31,7 +31,7 @@ def test_the_tree_shows_every_span_indented_with_its_sender() -> None:
         for name in ("chat smol", "ingress", "gateway.request ", "llm_request")
     }
     assert line["chat smol"].startswith("chat smol")
-    assert line["gateway.request "].index("gateway") == 4
+    assert line["gateway.request "].index("gateway") == 2
     assert "vllm/vllm-0" in line["llm_request"]
     assert "prompt 1500" in line["llm_request"]
     assert "ttft94.0ms" in folded(request_trace())
