@@ -12,9 +12,6 @@ CACHED_TOKENS = "gen_ai.usage.cache_read.input_tokens"
 # vLLM's llm_request; latencies in seconds
 VLLM_PROMPT_TOKENS = "gen_ai.usage.prompt_tokens"
 VLLM_TTFT = "gen_ai.latency.time_to_first_token"
-VLLM_QUEUE = "gen_ai.latency.time_in_queue"
-VLLM_PREFILL = "gen_ai.latency.time_in_model_prefill"
-VLLM_DECODE = "gen_ai.latency.time_in_model_decode"
 
 # The client's span; latencies in milliseconds
 SCENARIO = "llmtrace.scenario.name"

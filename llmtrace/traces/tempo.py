@@ -5,8 +5,7 @@ The requests and answers are those of Tempo's HTTP API; messages are named as in
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import quote
@@ -17,7 +16,6 @@ from llmtrace.errors import UserError
 from llmtrace.traces.model import Trace
 from llmtrace.traces.otlp import MalformedError, decode_trace
 
-POLL_S = 0.25
 _BAD_URL = (httpx.InvalidURL, UnicodeError, OverflowError)
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
@@ -112,15 +110,6 @@ class TempoClient:
             return sorted({str(entry["value"]) for entry in document.get("tagValues") or []})
         except (TypeError, KeyError):
             raise self._not_tempo(path) from None
-
-    def wait_for_trace(self, trace_id: str, complete: Callable[[Trace], bool], timeout_s: float) -> Trace | None:
-        """Poll until ``complete`` says yes or ``timeout_s`` seconds are over; the trace as last seen."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            trace = self.trace(trace_id)
-            if (trace is not None and complete(trace)) or time.monotonic() >= deadline:
-                return trace
-            time.sleep(max(0.0, min(POLL_S, deadline - time.monotonic())))
 
     def _json(self, path: str, parameters: Mapping[str, str]) -> dict[str, Any]:
         response = self._get(path, parameters, accept="application/json")

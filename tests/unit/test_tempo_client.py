@@ -154,12 +154,3 @@ def test_a_url_that_cannot_be_connected_to(url: str) -> None:
 def test_no_url(url: str) -> None:
     with pytest.raises(UserError, match="no URL"):
         TempoClient(url)
-
-
-def test_wait_for_trace(server: Server, client: TempoClient) -> None:
-    answer(server, 404)
-    assert client.wait_for_trace(ID, lambda _: True, 0.1) is None
-    answer(server, 200, trace_by_id_response(TRACE))
-    trace = client.wait_for_trace(ID, lambda trace: len(trace.spans) == 2, 0.3)
-    assert trace is not None
-    assert len(server.paths) >= 3
