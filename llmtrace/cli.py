@@ -43,7 +43,6 @@ def demo(
     step("3. Verify that each request gives one complete trace")
     cli_scenarios.verify(NAME)
     step("4. Answer from the traces")
-    report.parent.mkdir(parents=True, exist_ok=True)
     cli_scenarios.answer(NAME, html=report)
     stack = Stack.load()
     step("Where to look")

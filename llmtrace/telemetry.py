@@ -12,6 +12,8 @@ from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 SHUTDOWN_S = 5.0
+NO_PROXY = (("grpc.enable_http_proxy", 0),)
+"""A collector is reached directly: gRPC would send even loopback through an http_proxy of the environment."""
 ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
 
@@ -50,6 +52,6 @@ def setup_tracing(
         return Tracing(provider, None)
     endpoint = None if any(os.environ.get(name) for name in ENDPOINT_VARIABLES) else default_endpoint
     insecure = True if endpoint and endpoint.startswith("http://") else None
-    processor = BatchSpanProcessor(exporter(endpoint=endpoint, insecure=insecure))
+    processor = BatchSpanProcessor(exporter(endpoint=endpoint, insecure=insecure, channel_options=NO_PROXY))  # type: ignore[arg-type]  # gRPC wants an int
     provider.add_span_processor(processor)
     return Tracing(provider, processor)

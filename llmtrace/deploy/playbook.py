@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -42,9 +43,27 @@ def run(playbook: str, arguments: Sequence[str] = ()) -> int:
     program = Path(sys.executable).parent / "ansible-playbook"
     if not program.is_file():
         raise UserError(f"{program} does not exist: install the extra `deploy` (`make up` does)")
+    lock = _lock()
     # Ansible finds ansible-playbook's siblings on PATH, and its configuration in the checkout.
     environment = os.environ | {
         "ANSIBLE_CONFIG": str(CHECKOUT / "ansible.cfg"),
         "PATH": f"{program.parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
-    return subprocess.run([program, path, *arguments], env=environment, check=False).returncode  # noqa: S603
+    with lock:
+        return subprocess.run([program, path, *arguments], env=environment, check=False).returncode  # noqa: S603
+
+
+def _lock() -> IO[bytes]:
+    """Hold the cache for this process: two installs at once would remove each other's half-finished folders."""
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmtrace-kit/.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = path.open("ab")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"another `llmtrace up` or `llmtrace down` is at work (it holds {path}): wait until it has ended"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): make it writable") from None
+    return file

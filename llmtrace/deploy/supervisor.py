@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +19,48 @@ from supervisor.xmlrpc import SupervisorTransport
 
 from llmtrace.errors import UserError
 
+CALL_TIMEOUT_S = 60
 AUTOGROUP_NICE = 10
+ENVIRONMENT = frozenset(
+    [
+        "HOME",
+        "PATH",
+        "USER",
+        "LOGNAME",
+        "SHELL",
+        "LANG",
+        "LANGUAGE",
+        "LC_ALL",
+        "LC_CTYPE",
+        "TZ",
+        "TMPDIR",
+        "LD_LIBRARY_PATH",
+        "XDG_CACHE_HOME",
+        "XDG_CONFIG_HOME",
+        "XDG_STATE_HOME",
+        "XDG_RUNTIME_DIR",
+    ]
+)
+"""What the processes see of the caller's environment: no secrets, no proxies, no stray OTEL_* variables."""
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=CALL_TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(CALL_TIMEOUT_S)
+        self.sock.connect(str(self._path))
+
+
+class _Transport(SupervisorTransport):  # type: ignore[misc]
+    """Supervisor's transport, with a timeout."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(None, None, f"unix://{path}")
+        self._get_connection = lambda: _UnixConnection(path)
 
 
 def _give_way(pid: int) -> None:
@@ -60,17 +103,21 @@ class Update:
 class Supervisor:
     """A supervisord by its unix socket; calls raise UserError where it does not answer."""
 
-    def __init__(self, socket: Path) -> None:
-        self.socket = socket
+    def __init__(self, path: Path) -> None:
+        self.socket = path
 
     def _call(self, method: str, *arguments: object) -> Any:
         # A transport whose connection failed once stays unusable, so each call has its own.
-        transport = SupervisorTransport(None, None, f"unix://{self.socket}")
+        transport = _Transport(self.socket)
         try:
             with xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport) as proxy:
                 return getattr(proxy.supervisor, method)(*arguments)
         except xmlrpc.client.Fault as fault:
             raise UserError(f"supervisord refused {method}{arguments}: {fault.faultString}") from None
+        except TimeoutError:
+            raise UserError(
+                f"supervisord has not answered {method} on {self.socket} within {CALL_TIMEOUT_S} s: see its log"
+            ) from None
         except (OSError, http.client.HTTPException) as error:
             raise UserError(
                 f"No supervisord answers on {self.socket} ({error or type(error).__name__}): run `llmtrace up`"
@@ -89,7 +136,13 @@ class Supervisor:
         Raises UserError with supervisord's own words where it refuses its configuration.
         """
         command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(conf)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)  # noqa: S603
+        environment = {name: value for name, value in os.environ.items() if name in ENVIRONMENT}
+        try:
+            done = subprocess.run(  # noqa: S603
+                command, capture_output=True, text=True, timeout=timeout_s, check=False, env=environment
+            )
+        except subprocess.TimeoutExpired:
+            raise UserError(f"supervisord did not start with {conf} within {timeout_s:g} s") from None
         if done.returncode:
             words = (done.stderr.strip() or done.stdout.strip()).splitlines()
             raise UserError(f"supervisord did not start with {conf}: {words[-1] if words else 'no output'}")

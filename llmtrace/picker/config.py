@@ -63,7 +63,7 @@ class PluginRef(_Section):
     """A plugin in a scheduling profile; ``weight`` counts for scorers only."""
 
     plugin_ref: str = Field(min_length=1)
-    weight: float | None = None
+    weight: float | None = Field(default=None, allow_inf_nan=False)
 
 
 class SchedulingProfile(_Section):
@@ -130,7 +130,7 @@ def load(path: Path, handle: Handle) -> Configuration:
         content: Any = yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise UserError(f"the configuration {path} cannot be read ({error.strerror})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"the configuration {path} is no YAML: {' '.join(str(error).split())}") from None
     try:
         return _Builder(parse(content), handle).build()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
@@ -15,11 +15,13 @@ from prometheus_client.core import GaugeMetricFamily
 if TYPE_CHECKING:
     from llmtrace.picker.endpoints import Pool
 
+T = TypeVar("T")
+
 PREFIX = "llm_d_epp_"
 OVERFLOW = "other"
-"""Label value for what exceeds :data:`MAX_LABEL_VALUES`: model names and fairness ids come from clients."""
-MAX_LABEL_VALUES = 1000
-MAX_SERIES = 4096
+"""Label value for what exceeds :data:`MAX_SERIES`: model names and fairness ids come from clients."""
+MAX_SERIES = 1000
+MAX_LABEL_LENGTH = 200
 
 _MODEL = ("model_name", "target_model_name", "fairness_id", "priority")
 _PLUGIN = ("extension_point", "plugin_type", "plugin_name")
@@ -128,32 +130,36 @@ class Metrics:
             ("plugin_name", "plugin_type"),
         )
         self.registry.register(_PoolCollector(pool))
-        self._models = _Bounded()
-        self._tenants = _Bounded()
+        self._pairs = _Bounded[tuple[str, str]](MAX_SERIES)
+        self._models = _Bounded[str](MAX_SERIES)
         self.series = lru_cache(MAX_SERIES)(self._series)
 
     def _series(self, model: str, fairness_id: str) -> RequestSeries:
-        name = self._models.bound(model)
-        return RequestSeries(self, (name, name, self._tenants.bound(fairness_id or "default-flow"), "0"))
+        # A combination takes some 60 KiB and is never given back.
+        pair = self._pairs.bound((model[:MAX_LABEL_LENGTH], fairness_id[:MAX_LABEL_LENGTH] or "default-flow"))
+        name, tenant = pair or (OVERFLOW, OVERFLOW)
+        return RequestSeries(self, (name, name, tenant, "0"))
 
     def attempt(self, success: bool, model: str, name: str = "", namespace: str = "", port: str = "") -> None:
         """Count a scheduling attempt and where it led."""
         status = "success" if success else "failure"
-        self.attempts.labels(status, self._models.bound(model), name, namespace, port).inc()
+        known = self._models.bound(model[:MAX_LABEL_LENGTH])
+        self.attempts.labels(status, OVERFLOW if known is None else known, name, namespace, port).inc()
 
 
-class _Bounded:
-    """Admits a limited number of distinct label values."""
+class _Bounded(Generic[T]):
+    """Admits a limited number of distinct values."""
 
-    def __init__(self) -> None:
-        self._seen: set[str] = set()
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._seen: set[T] = set()
 
-    def bound(self, value: str) -> str:
-        if value in self._seen:
-            return value
-        if len(self._seen) >= MAX_LABEL_VALUES:
-            return OVERFLOW
-        self._seen.add(value)
+    def bound(self, value: T) -> T | None:
+        """The value, or None where there are too many already."""
+        if value not in self._seen:
+            if len(self._seen) >= self._limit:
+                return None
+            self._seen.add(value)
         return value
 
 

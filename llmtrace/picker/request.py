@@ -93,11 +93,20 @@ def parse(request_id: str, headers: Mapping[str, str], raw: bytes) -> InferenceR
     model = body.get("model")
     if not isinstance(model, str) or not model:
         raise bad_request("model not found in request body")
-    request.model = model
+    request.model = _readable(model, "model")
     salt = body.get("cache_salt")
-    request.cache_salt = salt if isinstance(salt, str) else ""
+    request.cache_salt = _readable(salt, "cache_salt") if isinstance(salt, str) else ""
     request.stream = body.get("stream") is True
     return request
+
+
+def _readable(value: str, field: str) -> str:
+    """JSON may hold half of a surrogate pair, which no metric, span or hash can."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise bad_request(f"{field} is no valid Unicode") from None
+    return value
 
 
 def _text(value: str) -> bytes:

@@ -72,23 +72,21 @@ class Scheduler:
     def _run(
         self, profile: Profile, request: InferenceRequest, endpoints: Sequence[Endpoint], parent: Span
     ) -> ProfileResult:
-        span = parent.child(a.PROFILE_SPAN, tracer=self._tracer)
-        span.attributes[a.PROFILE_NAME] = profile.name
-        about: Attributes = {a.REQUEST_ID: request.id}
-        if request.model:
-            about[a.REQUEST_MODEL] = request.model
-        self._filter(endpoints, span, about)
-        totals = self._score(profile, request, endpoints, span, about)
-        picked = self._pick(profile, endpoints, totals, span, about)
-        span.end()
+        with parent.child(a.PROFILE_SPAN, tracer=self._tracer) as span:
+            span.attributes[a.PROFILE_NAME] = profile.name
+            about: Attributes = {a.REQUEST_ID: request.id}
+            if request.model:
+                about[a.REQUEST_MODEL] = request.model
+            self._filter(endpoints, span, about)
+            totals = self._score(profile, request, endpoints, span, about)
+            picked = self._pick(profile, endpoints, totals, span, about)
         return ProfileResult(picked)
 
     def _filter(self, endpoints: Sequence[Endpoint], parent: Span, about: Attributes) -> None:
         """The span of a step that llm-d always takes; the embedded picker has no filters."""
-        span = parent.child(a.FILTER_SPAN)
-        count = len(endpoints)
-        span.attributes = {a.FILTER_CANDIDATES: count, **about, a.FILTER_REMAINING: count}
-        span.end()
+        with parent.child(a.FILTER_SPAN) as span:
+            count = len(endpoints)
+            span.attributes = {a.FILTER_CANDIDATES: count, **about, a.FILTER_REMAINING: count}
 
     def _score(
         self,
@@ -98,19 +96,18 @@ class Scheduler:
         parent: Span,
         about: Attributes,
     ) -> list[float]:
-        span = parent.child(a.SCORING_SPAN)
-        span.attributes = {
-            a.SCORER_COUNT: len(profile.scorers),
-            a.SCORING_CANDIDATES: len(endpoints),
-            **about,
-        }
-        names = tuple(endpoint.id for endpoint in endpoints)
-        totals = [0.0] * len(endpoints)
-        for weighted in profile.scorers:
-            weight = weighted.weight
-            for index, score in enumerate(self._score_one(weighted, request, endpoints, names, span)):
-                totals[index] += min(max(score, 0.0), 1.0) * weight
-        span.end()
+        with parent.child(a.SCORING_SPAN) as span:
+            span.attributes = {
+                a.SCORER_COUNT: len(profile.scorers),
+                a.SCORING_CANDIDATES: len(endpoints),
+                **about,
+            }
+            names = tuple(endpoint.id for endpoint in endpoints)
+            totals = [0.0] * len(endpoints)
+            for weighted in profile.scorers:
+                weight = weighted.weight
+                for index, score in enumerate(self._score_one(weighted, request, endpoints, names, span)):
+                    totals[index] += min(max(score, 0.0), 1.0) * weight
         return totals
 
     def _score_one(
@@ -122,23 +119,22 @@ class Scheduler:
         parent: Span,
     ) -> list[float]:
         scorer = weighted.scorer
-        span = parent.child(a.SCORER_SPAN_PREFIX + scorer.type)
-        with self._timers[SCORER, scorer.name]:
-            scores = scorer.score(request, endpoints)
-        if span.recording:
-            span.attributes = {
-                a.SCORER_TYPE: scorer.type,
-                a.SCORER_NAME: scorer.name,
-                a.SCORER_WEIGHT: weighted.weight,
-                a.SCORER_CANDIDATES: len(endpoints),
-                a.SCORER_MAX: max(scores),
-                a.SCORER_AVG: sum(scores) / len(scores),
-                a.SCORER_SCORED: len(scores),
-                a.SCORER_ENDPOINTS: names,
-                a.SCORER_SCORES: tuple(scores),
-                **scorer.span_attributes(request, endpoints),
-            }
-        span.end()
+        with parent.child(a.SCORER_SPAN_PREFIX + scorer.type) as span:
+            with self._timers[SCORER, scorer.name]:
+                scores = scorer.score(request, endpoints)
+            if span.recording:
+                span.attributes = {
+                    a.SCORER_TYPE: scorer.type,
+                    a.SCORER_NAME: scorer.name,
+                    a.SCORER_WEIGHT: weighted.weight,
+                    a.SCORER_CANDIDATES: len(endpoints),
+                    a.SCORER_MAX: max(scores),
+                    a.SCORER_AVG: sum(scores) / len(scores),
+                    a.SCORER_SCORED: len(scores),
+                    a.SCORER_ENDPOINTS: names,
+                    a.SCORER_SCORES: tuple(scores),
+                    **scorer.span_attributes(request, endpoints),
+                }
         return scores
 
     def _pick(
@@ -149,19 +145,18 @@ class Scheduler:
         parent: Span,
         about: Attributes,
     ) -> list[Endpoint]:
-        span = parent.child(a.PICK_SPAN)
-        with self._timers[PICKER, profile.picker.name]:
-            picked = profile.picker.pick(endpoints, totals)
-        if span.recording:
-            ranked = sorted((-total, endpoint.id) for total, endpoint in zip(totals, endpoints, strict=True))
-            best = ranked[:TRACED_ENDPOINTS]
-            span.attributes = {
-                a.PICKER_CANDIDATES: len(endpoints),
-                a.TOP_ENDPOINTS: tuple(name for _, name in best),
-                a.TOP_SCORES: tuple(-total for total, _ in best),
-                **about,
-            }
-        span.end()
+        with parent.child(a.PICK_SPAN) as span:
+            with self._timers[PICKER, profile.picker.name]:
+                picked = profile.picker.pick(endpoints, totals)
+            if span.recording:
+                ranked = sorted((-total, endpoint.id) for total, endpoint in zip(totals, endpoints, strict=True))
+                best = ranked[:TRACED_ENDPOINTS]
+                span.attributes = {
+                    a.PICKER_CANDIDATES: len(endpoints),
+                    a.TOP_ENDPOINTS: tuple(name for _, name in best),
+                    a.TOP_SCORES: tuple(-total for total, _ in best),
+                    **about,
+                }
         return picked
 
 

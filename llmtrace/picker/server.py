@@ -70,12 +70,18 @@ class PickerServer:
         _log.info("picking among %d endpoints on %s:%d", len(self.pool), self._options.bind_address, port)
         await health_servicer.set("", health_pb2.HealthCheckResponse.SERVING)
         await health_servicer.set(ext_proc.SERVICE, health_pb2.HealthCheckResponse.SERVING)
-        tasks = [
+        tasks: list[asyncio.Task[None]] = [
             asyncio.create_task(self._scraper.run()),
             asyncio.create_task(self._configuration.discovery.watch()),
         ]
         try:
-            await stop.wait()
+            stopped = asyncio.create_task(stop.wait())
+            waiting: set[asyncio.Task[object]] = {stopped, *tasks}
+            while stopped in waiting:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    # A fault in the scrapes or in discovery ends the picker: it would go on with what it once knew.
+                    task.result()
         finally:
             await health_servicer.enter_graceful_shutdown()
             for task in tasks:

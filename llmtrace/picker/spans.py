@@ -12,6 +12,7 @@ import random
 from collections.abc import Sequence
 from functools import lru_cache
 from time import time_ns
+from typing import Self
 
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -79,6 +80,12 @@ class Span:
         context = self.context
         own = SpanContext(context.trace_id, _span_id(), False, context.trace_flags, context.trace_state)
         return Span(tracer or self.tracer, name, own, context, kind, self._ended)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.end()
 
     def fail(self, error_type: str, message: str) -> None:
         """Set status ERROR, with an exception event as OpenTelemetry's conventions have it."""

@@ -250,7 +250,7 @@ class Driver:
         try:
             async with asyncio.timeout(self.settings.request_timeout_s):
                 await self._stream(client, request, salt, span)
-        except (OpenAIError, httpx2.HTTPError, TimeoutError) as error:
+        except (OpenAIError, httpx2.HTTPError, TimeoutError, ValueError) as error:
             reason = type(error).__name__
             span.set_attribute("error.type", reason)
             span.set_status(StatusCode.ERROR, reason)

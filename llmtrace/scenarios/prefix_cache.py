@@ -81,7 +81,7 @@ EXPECTATION = Expectation(
         ),
     ),
     hints={
-        "client": "is OTEL_SDK_DISABLED or OTEL_TRACES_EXPORTER=none set? is the collector reachable from here?",
+        "client": "does an OTEL_* variable switch its tracing off or send it elsewhere? is the collector reachable?",
         "collector": "do the collector and the store run and answer? see `llmtrace status`",
         "envoy": "is the OpenTelemetry tracer configured on this listener, and its sampling at 100 %?",
         "picker": "is tracing on (OTEL_TRACES_EXPORTER=otlp) and OTEL_TRACES_SAMPLER_ARG=1.0?",

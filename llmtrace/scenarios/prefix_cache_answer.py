@@ -141,14 +141,18 @@ def answer(run_id: str, traces: Iterable[Trace], *, seed: int = 0) -> PrefixCach
         notes.append(f"{unrouted} requests do not tell which endpoint served them and are in no endpoint's figures")
     pairs = paired(served)
     comparison = compare(pairs, seed)
+    checks = _checks(served, blocks, kv_block_size)
+    disagreeing = [check.name for check in checks if check.ok is False]
+    if comparison is not None and disagreeing:
+        comparison = comparison.model_copy(update={"conclusion": "not supported"})
     return PrefixCacheAnswer(
         run_id=run_id,
         model=next((b.model for b in blocks), ""),
         kv_block_size=kv_block_size,
         arms=[_arm(arm, served, blocks, missed) for arm in ARMS],
         comparison=comparison,
-        verdict=_verdict(comparison, pairs),
-        checks=_checks(served, blocks, kv_block_size),
+        verdict=_verdict(comparison, pairs, disagreeing),
+        checks=checks,
         missed=missed,
         notes=notes,
         pairs=pairs,
@@ -205,9 +209,11 @@ def compare(pairs: Sequence[PairedTtft], seed: int) -> Comparison | None:
     )
 
 
-def _verdict(comparison: Comparison | None, pairs: Sequence[PairedTtft]) -> str:
+def _verdict(comparison: Comparison | None, pairs: Sequence[PairedTtft], disagreeing: Sequence[str]) -> str:
     if comparison is None:
         return f"{len(pairs)} complete pairs are too few to compare the arms; run more blocks."
+    if disagreeing:
+        return f"The sources disagree ({'; '.join(disagreeing)}), so no conclusion is drawn."
     saved, ratio = comparison.saved_ms, comparison.ratio
     interval = f"95 % interval {saved.low:+.0f} to {saved.high:+.0f} ms, {comparison.pairs} pairs"
     if comparison.conclusion == "not supported":

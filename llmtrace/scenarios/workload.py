@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict
 
 from llmtrace.errors import UserError
 
+MOST_REQUESTS = 2000
+"""Requests of an arm: with both arms, no more traces than a search gives."""
+
 Message = dict[str, str]
 """A chat message: role and content."""
 
@@ -84,6 +87,10 @@ class Workload:
         ):
             if not 1 <= value <= most:
                 raise UserError(f"{name} is {value}; give a number from 1 to {most}")
+        if self.size > MOST_REQUESTS:
+            raise UserError(
+                f"the workload has {self.size} requests for each arm; make it smaller, the answer reads {MOST_REQUESTS}"
+            )
 
     @property
     def size(self) -> int:

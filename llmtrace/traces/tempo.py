@@ -52,7 +52,9 @@ class TempoClient:
             url = httpx.URL()
         if url.scheme not in ("http", "https") or not url.host:
             raise UserError(f"{base_url!r} is no URL of a trace store; give one like http://127.0.0.1:13200")
-        self._http = httpx.Client(timeout=timeout_s)
+        # A proxy of the environment cannot reach this machine's loopback.
+        local = url.host == "localhost" or url.host.startswith("127.") or url.host == "::1"
+        self._http = httpx.Client(timeout=timeout_s, trust_env=not local)
 
     def close(self) -> None:
         """Close the connections."""

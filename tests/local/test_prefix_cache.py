@@ -10,7 +10,6 @@ import httpx
 import pytest
 from commands import llmtrace
 
-from llmtrace.errors import UserError
 from llmtrace.scenarios.expectation import verify_trace
 from llmtrace.scenarios.prefix_cache import EXPECTATION
 from llmtrace.stack import Stack
@@ -21,10 +20,7 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def stack() -> Stack:
-    try:
-        return Stack.load()
-    except UserError as error:
-        pytest.skip(str(error))
+    return Stack.load()
 
 
 @pytest.fixture(scope="module")

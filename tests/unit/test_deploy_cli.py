@@ -99,3 +99,9 @@ def test_the_source_digest_follows_the_code(monkeypatch: pytest.MonkeyPatch, tmp
     assert source.digest() == before
     (tmp_path / "picker/new.py").touch()
     assert source.digest() != before
+
+
+def test_two_runs_at_once_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with playbook._lock(), pytest.raises(UserError, match="another `llmtrace up` or `llmtrace down` is at work"):
+        playbook.run("site.yml", ["--list-tasks"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.server
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -179,3 +181,29 @@ def test_wait_ready_says_what_it_waited_for(sandbox: Sandbox, answering: str) ->
 def test_statuses_of_a_stack_whose_supervisor_is_gone(tmp_path: Path) -> None:
     stack = Stack.model_validate(STACK | {"run_dir": tmp_path})
     assert not any(status.ok for status in health.statuses(stack))
+
+
+def test_a_supervisord_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmtrace.deploy.supervisor.CALL_TIMEOUT_S", 0.2)
+    path = tmp_path / "s.sock"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        with pytest.raises(UserError, match="has not answered getAllProcessInfo"):
+            Supervisor(path).processes()
+
+
+def test_the_stack_sees_no_secrets_of_the_caller(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    seen: dict[str, str] = {}
+
+    def run(*_: object, env: dict[str, str], **__: object) -> subprocess.CompletedProcess[str]:
+        seen.update(env)
+        return subprocess.CompletedProcess([], 1, "", "no")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(UserError, match="did not start"):
+        Supervisor(tmp_path / "s.sock").launch(tmp_path / "conf")
+    assert "PATH" in seen
+    assert not {"OPENAI_API_KEY", "OTEL_SDK_DISABLED"} & set(seen)

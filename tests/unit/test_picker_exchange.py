@@ -287,8 +287,8 @@ def test_no_prompt_text_is_in_the_spans(picker: Picker) -> None:
     assert "CANARY" not in str(picker.spans)
 
 
-def test_clients_cannot_make_metrics_grow_without_limit(picker: Picker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmtrace.picker.metrics.MAX_LABEL_VALUES", 3)
+def test_clients_cannot_make_metrics_grow_without_limit(picker: Picker) -> None:
+    picker.handle.metrics._pairs._limit = 3
     for number in range(6):
         exchange = picker.exchange()
         route(exchange, chat(model=f"m{number}"))

@@ -69,6 +69,12 @@ def test_other_paths_pass_without_interpretation() -> None:
         ("/v1/embeddings", body(input=[]), "must have input field"),
         ("/v1/responses", body(), "must have input field"),
         ("/v1/completions", b'{"prompt": "x"}', "model not found in request body"),
+        ("/v1/completions", rb'{"prompt": "x", "model": "\ud800"}', "model is no valid Unicode"),
+        (
+            "/v1/completions",
+            rb'{"prompt": "x", "model": "m", "cache_salt": "\ud800"}',
+            "cache_salt is no valid",
+        ),
         ("/v1/completions", b'{"prompt": "x", "model": 1}', "model not found in request body"),
     ],
 )

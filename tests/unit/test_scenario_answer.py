@@ -90,6 +90,16 @@ def test_a_regression_is_called_one() -> None:
     assert "worsens" in found.verdict
 
 
+def test_sources_that_disagree_forbid_a_conclusion() -> None:
+    traces = run_traces(saving_ms=300)
+    lost = [trace for trace in traces if trace.named("gateway.request")][:3]
+    found = answer("run-1", [trace for trace in traces if trace not in lost])
+    assert failing(found) != []
+    assert found.comparison is not None
+    assert found.comparison.conclusion == "not supported"
+    assert found.verdict.startswith("The sources disagree")
+
+
 def test_too_few_pairs_are_not_compared() -> None:
     found = answer("run-1", [request_trace(1), request_trace(2, arm="random")])
     assert found.comparison is None

@@ -70,7 +70,7 @@ def test_a_trace_as_tree_json_and_for_perfetto(tmp_path: Path) -> None:
         (("trace", "e" * 32), "the store has no trace"),
         (("answer", "prefix-cash"), "there is no scenario 'prefix-cash'"),
         (("answer", "--run", "run-8"), "no traces of run run-8"),
-        (("trace", TRACE.trace_id, "--perfetto", "/nowhere/x.json"), "/nowhere/x.json cannot be written"),
+        (("trace", TRACE.trace_id, "--perfetto", "/proc/none/x.json"), "/proc/none/x.json cannot be written"),
     ],
 )
 def test_bad_input_gives_one_sentence(arguments: tuple[str, ...], sentence: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 from pathlib import Path
@@ -80,12 +81,12 @@ def parse(raw: bytes, path: Path) -> list[EndpointEntry]:
     try:
         content: Any = yaml.safe_load(raw)
         found = EndpointsFile.model_validate({} if content is None else content).endpoints
-    except yaml.YAMLError as error:
-        raise UserError(f"the endpoints file {path} is no YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the top level"
         raise UserError(f"the endpoints file {path} is wrong at {where}: {first['msg']}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"the endpoints file {path} is no YAML: {' '.join(str(error).split())}") from None
     names = [(entry.namespace, entry.name) for entry in found]
     if twice := {"/".join(name) for name in names if names.count(name) > 1}:
         raise UserError(f"the endpoints file {path} names {', '.join(sorted(twice))} more than once")
@@ -102,6 +103,7 @@ class FileDiscovery(Discovery[FileDiscoveryParameters]):
     def __init__(self, name: str, parameters: FileDiscoveryParameters, handle: Handle) -> None:
         super().__init__(name, parameters, handle)
         self._raw: bytes | None = None
+        self._complaint = ""
 
     def load(self) -> None:
         """Read the file into the pool, if it changed since the last time."""
@@ -122,10 +124,22 @@ class FileDiscovery(Discovery[FileDiscoveryParameters]):
         if not self.parameters.watch_file:
             return
         folder = Path(self.parameters.path).parent
-        async for _ in awatch(
-            folder, debounce=100, step=50, recursive=False, rust_timeout=RELOAD_MS, yield_on_timeout=True
-        ):
+        while True:
             try:
-                self.load()
-            except UserError as error:
+                async for _ in awatch(
+                    folder, debounce=100, step=50, recursive=False, rust_timeout=RELOAD_MS, yield_on_timeout=True
+                ):
+                    self._reload()
+            except OSError as error:
+                _log.error("the folder %s cannot be watched (%s); trying again", folder, error.strerror or error)
+                await asyncio.sleep(RELOAD_MS / 1000)
+
+    def _reload(self) -> None:
+        try:
+            self.load()
+        except UserError as error:
+            if str(error) != self._complaint:
                 _log.error("%s; the endpoints stay as they were", error)
+            self._complaint = str(error)
+        else:
+            self._complaint = ""

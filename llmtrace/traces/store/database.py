@@ -26,7 +26,7 @@ from llmtrace.traces.store.batch import SCHEMA, Batch, serialize, table
 from llmtrace.traces.store.plan import FALSE, Catalog, trace_where
 from llmtrace.traces.store.retention import Retention, sweep
 
-MAX_PENDING_BYTES = 128 * 2**20
+MAX_PENDING_BYTES = 32 * 2**20
 """Payload bytes that may wait for the writer before writes are refused."""
 _GROUP_ROWS = 20_000
 _SWEEP_S = 60
@@ -210,9 +210,12 @@ class Database:
 
     def _sweep(self) -> None:
         try:
-            deleted = sweep(self._connection, self.path, self._retention, int(self._clock() * 1000))
-            if deleted:
-                log.info("deleted %d spans that are too old or too many", deleted)
+            try:
+                deleted = sweep(self._connection, self.path, self._retention, int(self._clock() * 1000))
+                if deleted:
+                    log.info("deleted %d spans that are too old or too many", deleted)
+            finally:
+                # Even a sweep that broke off may have deleted resources: what is forgotten is written again.
                 self._forget()
         except (duckdb.Error, OSError) as error:
             log.warning("cannot delete old traces now: %s", _first_line(error))

@@ -28,11 +28,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The largest body in bytes as it is sent with gzip, the largest when unpacked, and requests at once."""
+    """The largest body in bytes as it is sent with gzip, the largest when unpacked, and requests at once.
 
-    compressed_bytes: int = 16 * 2**20
-    body_bytes: int = 64 * 2**20
-    requests: int = 32
+    In memory, unpacked spans take up to twenty times their size.
+    """
+
+    compressed_bytes: int = 4 * 2**20
+    body_bytes: int = 16 * 2**20
+    requests: int = 16
 
 
 class RefusedError(Exception):

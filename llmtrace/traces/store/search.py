@@ -16,7 +16,7 @@ from llmtrace.traces.store.evaluate import NO_ROOT, TraceFacts, facts, holds, se
 from llmtrace.traces.store.plan import Catalog, Sql, join, spans_where, traces_where
 
 _FIRST_CANDIDATES = 4_000
-_MAX_CANDIDATES = 500_000
+_MAX_CANDIDATES = 200_000
 _TRACES_AT_A_TIME = 200
 _RECENT_SPANS = 20_000
 """Spans that are looked at for the values of an attribute."""
@@ -126,7 +126,7 @@ def _by_span(
                 one.spans.append(span)
         if complete or len(found) >= limit or count >= _MAX_CANDIDATES:
             return found
-        count *= 8
+        count = min(count * 8, _MAX_CANDIDATES)
 
 
 def _by_trace(
