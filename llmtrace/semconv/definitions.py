@@ -101,6 +101,11 @@ class SpanDefinition:
     constant: str | None = None
     scenarios: Mapping[str, ScenarioNotes] = field(default_factory=dict)
 
+    @property
+    def is_root(self) -> bool:
+        """Whether it never has a parent."""
+        return not self.parents and not self.remote_parent
+
     def matches(self, service: str, name: str) -> bool:
         """Whether a span of this service and name is one of these."""
         return service == self.emitter.service and fnmatchcase(name, self.name)
