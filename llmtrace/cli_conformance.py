@@ -53,7 +53,7 @@ def conformance(
         if fresh:
             console.print(f"{fresh} traces are so new that spans may be missing; they were left out")
         if len(traces) + fresh == limit:
-            console.print(f"only the newest {limit} traces were read; more: --limit")
+            console.print(f"only the newest {limit:,} traces were read; more: --limit")
     if not report.ok:
         raise typer.Exit(1)
 
@@ -69,7 +69,7 @@ def duration_s(text: str) -> int:
 def recent_traces(store: TempoClient, since_s: int, limit: int) -> tuple[list[Trace], int]:
     """The traces of the last ``since_s`` seconds, and how many were left out because they may not be complete."""
     now = time.time()
-    found = store.search("{}", start_s=int(now) - since_s, end_s=int(now) + 1, limit=limit)
+    found = store.search("{}", start_s=max(int(now) - since_s, 0), end_s=int(now) + 1, limit=limit)
     with ThreadPoolExecutor(4) as pool:
         traces = [t for t in pool.map(store.trace, [s.trace_id for s in found]) if t is not None and t.spans]
     settled = [t for t in traces if max(s.end_ns for s in t.spans) <= (now - SETTLE_S) * 1e9]

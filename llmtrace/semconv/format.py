@@ -1,6 +1,7 @@
 """The file format of the registry: Weaver's groups, and the kit's annotations in them.
 
-Source: open-telemetry/weaver, schemas/semconv-syntax.md and semconv.schema.json (the ``groups`` format).
+Source: open-telemetry/weaver, schemas/semconv-syntax.md (the ``groups`` format) and the checks of
+crates/weaver_semconv/src/group.rs.
 """
 
 from __future__ import annotations
@@ -155,6 +156,13 @@ class Group(Strict):
         }.get(self.type, ())
         if missing := [name for name in needed if getattr(self, name) is None]:
             raise ValueError(f"a group of type {self.type} needs {' and '.join(missing)}")
+        if self.type not in ("metric", "event") and not self.attributes and self.extends is None:
+            raise ValueError(f"a group of type {self.type} needs attributes, or a group that it extends")
+        if self.type != "span" and (self.span_kind is not None or self.events):
+            raise ValueError("only a span has a span_kind and events")
+        names = [entry.id or entry.ref for entry in self.attributes]
+        if len(set(names)) < len(names):
+            raise ValueError(f"attribute {next(n for n in names if names.count(n) > 1)} is there twice")
         return self
 
 

@@ -39,7 +39,8 @@ def test_every_file_declares_something_and_every_reference_resolves() -> None:
 
 def test_the_manifest_is_what_weaver_wants() -> None:
     manifest = yaml.safe_load((REGISTRY / MANIFEST).read_text())
-    assert manifest.keys() == {"name", "description", "semconv_version", "schema_base_url"}
+    assert manifest["name"] == "llmtrace"
+    assert manifest["schema_url"] == manifest["schema_base_url"] + manifest["semconv_version"]
 
 
 def test_examples_are_of_their_types_and_texts_have_some() -> None:
@@ -237,7 +238,14 @@ CHANGES: list[tuple[Change, str]] = [
     (lambda d: attribute(d).update(colour="red"), r"group registry\.x: .*colour"),
     (lambda d: attribute(d).update(requirement_level="always"), r"group registry\.x: .*requirement_level"),
     (lambda d: attribute(d).update(ref="x.count"), "either an id or a ref"),
-    (lambda d: d["groups"][0]["attributes"].append(attribute(d)), r"group registry\.x: attribute x\.name is already"),
+    (lambda d: d["groups"][0]["attributes"].append(attribute(d)), r"group registry\.x: .*x\.name is there twice"),
+    (lambda d: d["groups"][1]["attributes"].append({"ref": "x.name"}), r"group span\.x: .*x\.name is there twice"),
+    (
+        lambda d: d["groups"][1].update(attributes=[d["groups"][0]["attributes"][1]]),
+        r"group span\.x: attribute x\.count is already declared in x\.yaml",
+    ),
+    (lambda d: d["groups"][1].update(attributes=[]), r"group span\.x: .*needs attributes"),
+    (lambda d: d["groups"][0].update(events=["event.x"]), r"group registry\.x: .*only a span"),
     (lambda d: d["groups"][0]["annotations"]["llmtrace"].update(emiter=1), r"annotations\.llmtrace: emiter"),
     (lambda d: d["groups"][0].update(annotations={}), r"group span\.x: .*who sends"),
     (lambda d: d["groups"][1].update(id="registry.x"), r"group registry\.x: this id is already in x\.yaml"),
