@@ -72,3 +72,40 @@ async def test_the_driver(
         assert fail
     sent = otlp.spans(encode_spans(exporter.get_finished_spans()).resource_spans)
     assert findings(sent, a.CLIENT_SERVICE) == []
+
+
+def test_llm_ds_own_picker() -> None:
+    """The attributes that llm-d's code (v0.10.0, pkg/epp/scheduling and requestcontrol) sets, and no other."""
+    request = {a.REQUEST_ID: "r1", a.REQUEST_MODEL: "smol"}
+    scorer: dict[str, object] = {
+        a.SCORER_TYPE: "queue-scorer",
+        a.SCORER_NAME: "queue-scorer",
+        a.SCORER_WEIGHT: 1.0,
+        a.SCORER_CANDIDATES: 2,
+    }
+    scored: dict[str, object] = {a.SCORER_MAX: 1.0, a.SCORER_AVG: 1.0, a.SCORER_SCORED: 2}
+    picked: dict[str, object] = {a.PICKER_CANDIDATES: 2, a.TOP_ENDPOINTS: ["default/a"], a.TOP_SCORES: [3.9]}
+    rows: list[tuple[str, int | None, dict[str, object]]] = [
+        (a.GATEWAY_SPAN, None, {}),
+        (a.ORCHESTRATION_SPAN, 0, {a.TARGET_MODEL: "smol", a.REQUEST_PRIORITY: 0}),
+        (a.PROFILE_SPAN, 1, {a.PROFILE_NAME: "default"}),
+        (a.FILTER_SPAN, 2, {a.FILTER_CANDIDATES: 2, a.FILTER_REMAINING: 2, **request}),
+        (a.SCORING_SPAN, 2, {a.SCORER_COUNT: 2, a.SCORING_CANDIDATES: 2, **request}),
+        (a.SCORER_SPAN_PREFIX + "queue-scorer", 4, {**scorer, **scored}),
+        (a.SCORER_SPAN_PREFIX + "session-affinity-scorer", 4, scorer),
+        (a.PICK_SPAN, 2, {**picked, **request}),
+    ]
+    spans = [
+        Span(
+            trace_id="1" * 32,
+            span_id=f"{number:016x}",
+            parent_id="c" * 16 if parent is None else f"{parent:016x}",
+            name=name,
+            kind="SERVER" if name.startswith(a.GATEWAY_SPAN) else "INTERNAL",
+            start_ns=number,
+            end_ns=number,
+            attributes=attributes,  # type: ignore[arg-type]
+        )
+        for number, (name, parent, attributes) in enumerate(rows)
+    ]
+    assert findings(spans, a.PICKER_SERVICE) == []
