@@ -8,7 +8,7 @@ UV_VERSION := 0.13.9
 UV ?= $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 RUN := $(UV) run --frozen --all-extras --all-groups --no-sync
 
-.PHONY: help demo up down check format test test-unit test-local bench
+.PHONY: help demo up down check format generate test test-unit test-local bench
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,9 @@ down: .venv/.synced ## Stop the local stack
 format: .venv/.synced ## Format the code
 	$(RUN) ruff format .
 	$(RUN) ruff check --fix .
+
+generate: .venv/.synced ## Write what follows from the registry of names: constants, docs/reference.md
+	$(RUN) python -m llmtrace.semconv.generate
 
 check: .venv/.synced ## Lint, types, playbooks, shell (no stack needed)
 	scripts/check

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from llmtrace import cli_scenarios, cli_stack
+from llmtrace import cli_conformance, cli_scenarios, cli_stack
 from llmtrace.errors import UserError
 from llmtrace.scenarios.prefix_cache import NAME
 from llmtrace.stack import Stack
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 cli_stack.mount(app)
 cli_scenarios.mount(app)
+cli_conformance.mount(app)
 
 
 @app.command()

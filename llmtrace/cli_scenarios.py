@@ -215,7 +215,7 @@ def _complete(found: Trace) -> bool:
     if not any(s.service == a.CLIENT_SERVICE for s in found.spans):
         return False
     failed = any(s.status == "ERROR" for s in found.spans)
-    return failed or (bool(found.named("gateway.request")) and bool(found.named("llm_request")))
+    return failed or (bool(found.named(a.GATEWAY_SPAN)) and bool(found.named(a.SERVER_SPAN)))
 
 
 def _progress(console: Console) -> Progress:

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
-PARTS = ("errors.py", "telemetry.py", "semconv", "picker", "traces")
+PARTS = ("errors.py", "telemetry.py", "semconv/attributes.py", "picker", "traces")
 
 
 def digest() -> str:

@@ -266,7 +266,7 @@ class Exchange:
     def _observe(self, span: Span) -> None:
         """Attributes and metrics of the response, as far as it came."""
         if self._status:
-            span.attributes["http.response.status_code"] = self._status
+            span.attributes[a.HTTP_STATUS] = self._status
             if self._status >= 400:
                 self._error_code = self._error_code or "ModelServerError"
             if self._status >= 500 and self._ended is not None:

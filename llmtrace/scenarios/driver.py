@@ -252,7 +252,7 @@ class Driver:
                 await self._stream(client, request, salt, span)
         except (OpenAIError, httpx2.HTTPError, TimeoutError, ValueError) as error:
             reason = type(error).__name__
-            span.set_attribute("error.type", reason)
+            span.set_attribute(a.ERROR_TYPE, reason)
             span.set_status(StatusCode.ERROR, reason)
             # What the server said goes to the person only: it may quote the request.
             said = " ".join(str(error).split())[:MOST_SAID]
@@ -286,7 +286,7 @@ class Driver:
                 _set_usage(span, chunk.usage)
         span.set_attribute(a.CLIENT_E2E, (time.perf_counter() - sent) * 1e3)
         if first is None:
-            span.set_attribute("error.type", "no_token")
+            span.set_attribute(a.ERROR_TYPE, "no_token")
             span.set_status(StatusCode.ERROR, "the stream ended without a token")
             self.failures.append("a stream without a token")
 

@@ -138,7 +138,7 @@ def read_requests(traces: Iterable[Trace]) -> list[Served]:
     names = {
         address: short_name(name)
         for trace in traces
-        for span in trace.named("gateway.request")
+        for span in trace.named(a.GATEWAY_SPAN)
         if (address := text(span.attributes.get(a.ENDPOINT))) and (name := text(span.attributes.get(a.ENDPOINT_NAME)))
     }
     renamed = [replace(s, endpoint=names.get(s.endpoint, s.endpoint)) if s.endpoint else s for s in served]
@@ -149,8 +149,8 @@ def _read(trace: Trace) -> Served | None:
     client = next((s for s in trace.spans if s.service == a.CLIENT_SERVICE and text(s.attributes.get(a.PAIR_ID))), None)
     if client is None or client.attributes.get(a.WARMUP):
         return None
-    gateway = next(iter(trace.named("gateway.request")), None)
-    server = next((s for s in trace.named("llm_request") if s.service != a.CLIENT_SERVICE), None)
+    gateway = next(iter(trace.named(a.GATEWAY_SPAN)), None)
+    server = next((s for s in trace.named(a.SERVER_SPAN) if s.service != a.CLIENT_SERVICE), None)
     latency = number(server.attributes.get(a.VLLM_TTFT)) if server else None
     of_client, of_gateway = client.attributes, gateway.attributes if gateway else {}
     return Served(
@@ -193,19 +193,19 @@ def _endpoint(gateway: Span | None, server: Span | None) -> str | None:
 
 
 def _decision(trace: Trace) -> Decision | None:
-    profile = next(iter(trace.named("run_scheduler_profile")), None)
+    profile = next(iter(trace.named(a.PROFILE_SPAN)), None)
     if profile is None:
         return None
     scorers, match, estimate = [], None, None
     for span in trace.spans:
-        if not span.name.startswith("llm_d.epp.scorer."):
+        if not span.name.startswith(a.SCORER_SPAN_PREFIX):
             continue
         endpoints = [short_name(e) for e in strings(span.attributes.get(a.SCORER_ENDPOINTS))]
         scores = [number(v) or 0.0 for v in items(span.attributes.get(a.SCORER_SCORES))]
         weight = number(span.attributes.get(a.SCORER_WEIGHT))
         scorers.append(
             Scorer(
-                type=text(span.attributes.get(a.SCORER_TYPE)) or span.name.removeprefix("llm_d.epp.scorer."),
+                type=text(span.attributes.get(a.SCORER_TYPE)) or span.name.removeprefix(a.SCORER_SPAN_PREFIX),
                 weight=1.0 if weight is None else weight,
                 scores=dict(zip(endpoints, scores, strict=False)),
             )
@@ -223,7 +223,7 @@ def _totals(trace: Trace, scorers: Sequence[Scorer]) -> dict[str, float]:
             totals[endpoint] = totals.get(endpoint, 0.0) + scorer.weight * score
     if totals:
         return totals
-    pick = next(iter(trace.named("pick_endpoints")), None)
+    pick = next(iter(trace.named(a.PICK_SPAN)), None)
     if pick is None:
         return {}
     best = [short_name(e) for e in strings(pick.attributes.get(a.TOP_ENDPOINTS))]

@@ -9,6 +9,24 @@ from llmtrace.traces.model import Attributes, Span, Trace
 MS = 1_000_000
 T0 = 1_800_000_000_000 * MS
 SERVERS = ("vllm-0", "vllm-1", "vllm-2")
+INGRESS = {
+    "component": "proxy",
+    "node_id": "gateway",
+    "zone": "",
+    "guid:x-request-id": "r-1",
+    "http.url": "http://127.0.0.1:18080/v1/chat/completions",
+    "http.method": "POST",
+    "http.protocol": "HTTP/1.1",
+    "http.status_code": "200",
+    "downstream_cluster": "-",
+    "user_agent": "-",
+    "peer.address": "127.0.0.1",
+    "request_size": "6725",
+    "response_size": "2612",
+    "response_flags": "-",
+    "upstream_cluster": "model-servers",
+    "upstream_cluster.name": "model-servers",
+}
 SCORERS = (("prefix-cache-scorer", 2.0), ("queue-scorer", 1.0), ("kv-cache-utilization-scorer", 1.0))
 
 
@@ -100,9 +118,13 @@ def request_trace(
         }
     )
     epp = "llm-d-epp"
+    about = {"gen_ai.request.id": "r-1", "gen_ai.request.model": "smol"}
+    gateway["gen_ai.request.id"] = "r-1"
+    filtered = {"llm_d.epp.filter.candidate_endpoints": 3, "llm_d.epp.filter.filtered_endpoints": 3}
+    scored = {"llm_d.epp.scorer.count": len(SCORERS), "llm_d.epp.scoring.candidate_endpoints": 3}
     spans = [
         make(1, None, "chat smol", "llmtrace-client", 0, end, kind="CLIENT", **client),
-        make(2, 1, "ingress", "envoy", 1, end - 1, kind="SERVER"),
+        make(2, 1, "ingress", "envoy", 1, end - 1, kind="SERVER", **INGRESS),
         make(3, 2, "gateway.request", epp, 2, end - 2, kind="SERVER", instance=arm, **gateway),
         make(
             4,
@@ -114,13 +136,22 @@ def request_trace(
             kind="SERVER",
             instance=arm,
             target_model="smol",
+            request_prio=0,
         ),
         make(5, 4, "run_scheduler_profile", epp, 2.2, 3.9, **{"llm_d.epp.scheduling.profile.name": "default"}),
-        make(6, 5, "filter_endpoints", epp, 2.3, 2.4),
-        make(7, 5, "llm_d.epp.scoring", epp, 2.5, 3, **{"llm_d.epp.scorer.count": len(SCORERS)}),
+        make(6, 5, "filter_endpoints", epp, 2.3, 2.4, **filtered, **about),
+        make(7, 5, "llm_d.epp.scoring", epp, 2.5, 3, **scored, **about),
     ]
     for n, (name, weight) in enumerate(SCORERS):
-        told: dict[str, object] = {"llm_d.epp.scorer.type": name, "llm_d.epp.scorer.weight": weight}
+        told: dict[str, object] = {
+            "llm_d.epp.scorer.type": name,
+            "llm_d.epp.scorer.name": name,
+            "llm_d.epp.scorer.weight": weight,
+            "llm_d.epp.scorer.candidate_endpoints": 3,
+            "llm_d.epp.scorer.endpoints_scored": 3,
+            "llm_d.epp.scorer.score.max": max(per_scorer[name]),
+            "llm_d.epp.scorer.score.avg": sum(per_scorer[name]) / 3,
+        }
         if not upstream:
             told |= {"llmtrace.scorer.endpoints": names, "llmtrace.scorer.scores": list(per_scorer[name])}
             if name == "prefix-cache-scorer" and match is not None:
@@ -129,15 +160,24 @@ def request_trace(
     totals = [sum(weight * per_scorer[name][i] for name, weight in SCORERS) for i in range(3)]
     ranked = sorted(range(3), key=lambda i: -totals[i])
     pick = {
+        "llm_d.epp.picker.candidate_endpoints": 3,
         "llm_d.epp.picker.top_endpoints": [names[i] for i in ranked],
         "llm_d.epp.picker.top_scores": [totals[i] for i in ranked],
     }
     server = {
+        "gen_ai.request.id": "chatcmpl-r-1",
+        "gen_ai.request.max_tokens": 8,
+        "gen_ai.request.n": 1,
         "gen_ai.usage.prompt_tokens": prompt,
         "gen_ai.usage.completion_tokens": 8,
+        "gen_ai.latency.time_in_queue": 0.001,
         "gen_ai.latency.time_to_first_token": (ttft_ms - 6) / 1e3,
+        "gen_ai.latency.time_in_model_prefill": (ttft_ms - 8) / 1e3,
+        "gen_ai.latency.time_in_model_decode": 0.34,
+        "gen_ai.latency.time_in_model_inference": (ttft_ms + 332) / 1e3,
+        "gen_ai.latency.e2e": (ttft_ms + 340) / 1e3,
     }
-    spans.append(make(11, 5, "pick_endpoints", epp, 3.1, 3.2, **pick))
+    spans.append(make(11, 5, "pick_endpoints", epp, 3.1, 3.2, **pick, **about))
     parent = 2 if upstream else 3
     spans.append(make(12, parent, "llm_request", "vllm", 5, end - 4, kind="SERVER", instance=endpoint, **server))
     return Trace(trace_id, tuple(spans))

@@ -1,0 +1,292 @@
+"""The registry of names: it loads, what is wrong in it is named, and the code and the picker keep to it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from picking import Picker
+from prometheus_client import Metric
+
+from llmtrace.errors import UserError
+from llmtrace.scenarios.prefix_cache import EXPECTATION, NAME
+from llmtrace.scenarios.required import expectation
+from llmtrace.semconv import attributes as a
+from llmtrace.semconv.conformance import _has_type
+from llmtrace.semconv.definitions import REGISTRY, load, registry
+from llmtrace.semconv.format import MANIFEST, read
+
+ROOT = Path(__file__).parents[2]
+CODE = sorted((ROOT / "llmtrace").rglob("*.py"))
+OTHERS = [path for folder in ("bench", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
+Change = Callable[[dict[str, Any]], None]
+
+
+def test_every_file_declares_something_and_every_reference_resolves() -> None:
+    declared = registry()
+    files = {path.name for path in REGISTRY.glob("*.yaml")} - {MANIFEST}
+    named = {d.file for d in (*declared.attributes.values(), *declared.spans.values(), *declared.constants)}
+    assert files == named
+    for file, group in read(REGISTRY):
+        for entry in group.attributes:
+            assert (entry.ref or entry.id) in declared.attributes, f"{file}: {group.id}"
+
+
+def test_the_manifest_is_what_weaver_wants() -> None:
+    manifest = yaml.safe_load((REGISTRY / MANIFEST).read_text())
+    assert manifest["name"] == "llmtrace"
+    assert manifest["schema_url"] == manifest["schema_base_url"] + manifest["semconv_version"]
+
+
+def test_examples_are_of_their_types_and_texts_have_some() -> None:
+    for attribute in registry().attributes.values():
+        assert attribute.members or attribute.examples or attribute.type == "boolean", attribute.id
+        for example in attribute.examples:
+            assert _has_type(example, attribute.type), f"{attribute.id}: {example!r} is no {attribute.type}"
+
+
+def test_briefs_fit_a_table_and_end_without_a_full_stop() -> None:
+    declared = registry()
+    for d in (*declared.attributes.values(), *declared.spans.values(), *declared.metrics.values()):
+        assert len(d.brief) < 120, d.id
+        assert not d.brief.endswith("."), d.id
+
+
+def test_every_span_has_a_way_up_to_a_root() -> None:
+    spans = registry().spans
+    rooted = {i for i, span in spans.items() if span.is_root or span.remote_parent}
+    while more := {i for i, span in spans.items() if i not in rooted and rooted.intersection(span.parents)}:
+        rooted |= more
+    assert rooted == set(spans)
+
+
+def test_a_span_is_found_by_service_name_and_kind() -> None:
+    declared = registry()
+    found = declared.span("llm-d-epp", "llm_d.epp.scorer.queue-scorer", "INTERNAL")
+    assert found is not None
+    assert found.id == "span.llm_d.epp.scorer"
+    assert declared.span("llm-d-epp", "llm_d.epp.scoring", "INTERNAL") is not found
+    assert declared.span("vllm", "llm_d.epp.scorer.queue-scorer", "INTERNAL") is None
+    assert declared.span("llmtrace-client", "chat smol", "SERVER") is not None
+
+
+def test_the_required_edges_of_the_prefix_cache_scenario() -> None:
+    edges = {span.key: (span.parents, span.kind, span.service) for span in EXPECTATION.spans}
+    assert edges == {
+        "client": ((), "CLIENT", a.CLIENT_SERVICE),
+        "envoy": (("client",), "SERVER", a.ENVOY_SERVICE),
+        "gateway": (("envoy", "client"), "SERVER", a.PICKER_SERVICE),
+        "orchestration": (("gateway",), "SERVER", a.PICKER_SERVICE),
+        "profile": (("orchestration",), "INTERNAL", a.PICKER_SERVICE),
+        "filter": (("profile",), "INTERNAL", a.PICKER_SERVICE),
+        "scoring": (("profile",), "INTERNAL", a.PICKER_SERVICE),
+        "scorer": (("scoring",), "INTERNAL", a.PICKER_SERVICE),
+        "pick": (("profile",), "INTERNAL", a.PICKER_SERVICE),
+        "server": (("gateway", "envoy", "client"), "SERVER", a.SERVER_SERVICE),
+    }
+    (scorer,) = (span for span in EXPECTATION.spans if span.key == "scorer")
+    assert scorer.count_from == ("scoring", a.SCORER_COUNT)
+    assert set(EXPECTATION.hints) == {"client", "collector", "envoy", "picker", "vllm"}
+
+
+def test_a_scenario_that_the_registry_does_not_know() -> None:
+    with pytest.raises(UserError, match="'prefix-cash'"):
+        expectation(registry(), "prefix-cash")
+    assert expectation(registry(), NAME) == EXPECTATION
+
+
+def test_every_constant_is_used() -> None:
+    text = "\n".join(path.read_text() for path in (*CODE, *OTHERS))
+    used = set(re.findall(r"\ba\.([A-Z][A-Z0-9_]*)\b", text))
+    unused = {c.name for c in registry().constants} - used
+    assert not unused, f"no code uses {unused}; take the constant out of the registry"
+    assert used <= set(vars(a)), used - set(vars(a))
+
+
+def literals(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_every_name_in_the_code_is_declared() -> None:
+    declared = registry()
+    names = {
+        *declared.attributes,
+        *(span.name for span in declared.spans.values()),
+        *(c.value for c in declared.constants),
+    }
+    own = {i.split(".")[1] for i in declared.attributes if i.startswith("llmtrace.")}
+    telemetry = re.compile(rf"(gen_ai|llm_d|llmtrace\.({'|'.join(sorted(own))}))\.[a-z0-9_.*-]*")
+    for path in CODE:
+        for text in literals(path):
+            if telemetry.fullmatch(text):
+                known = text in names or (text.endswith(".") and any(name.startswith(text) for name in names))
+                assert known, f"{path.relative_to(ROOT)}: {text} is not in the registry"
+
+
+def test_the_constants_need_nothing_but_python() -> None:
+    tree = ast.parse(Path(str(a.__file__)).read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert [node.module for node in imports if isinstance(node, ast.ImportFrom)] == ["__future__"]
+    assert len(imports) == 1
+
+
+TYPES = {"counter": "counter", "histogram": "histogram", "gauge": "gauge", "updowncounter": "gauge"}
+
+
+def exported(metric: Metric) -> str:
+    """The name under which Prometheus shows a metric; the client library cuts _total off."""
+    return f"{metric.name}_total" if metric.type == "counter" else metric.name
+
+
+def test_the_pickers_metrics_are_declared_with_their_labels(tmp_path: Path) -> None:
+    picker = Picker(tmp_path)
+    metrics = picker.handle.metrics
+    metrics.series("smol", "tenant").error("ServiceUnavailable")
+    metrics.attempt(True, "smol", "vllm-0", "default", "8000")
+    metrics.plugin.labels("Scorer", "queue-scorer", "queue-scorer").observe(0.001)
+    for family in (metrics.prefix_size, metrics.prefix_hit_ratio):
+        family.labels("prefix", "approx-prefix-cache-producer")
+    declared = {m.name: m for m in registry().metrics.values() if m.name.startswith("llm_d_epp_")}
+    found = {exported(metric): metric for metric in metrics.registry.collect()}
+    assert found.keys() == declared.keys()
+    for name, metric in found.items():
+        assert metric.type == TYPES[declared[name].instrument], name
+        labels = {label for sample in metric.samples for label in sample.labels} - {"le"}
+        assert labels == declared[name].attributes.keys(), name
+
+
+def test_the_collectors_span_metrics_are_declared() -> None:
+    connector = yaml.safe_load((ROOT / "collector" / "span-metrics.yaml").read_text())["connectors"]["spanmetrics"]
+    declared = {m.name: m for m in registry().metrics.values() if m.name.startswith(f"{connector['namespace']}.")}
+    assert declared.keys() == {"llmtrace.span.calls", "llmtrace.span.duration"}
+    own = {dimension["name"] for dimension in connector["dimensions"]}
+    wanted = own | {*connector["resource_metrics_key_attributes"], "span.name", "span.kind", "status.code"}
+    for metric in declared.values():
+        assert metric.attributes.keys() == wanted
+    assert declared["llmtrace.span.duration"].unit == connector["histogram"]["unit"]
+
+
+def test_the_metrics_of_vllm_that_the_code_reads_are_declared() -> None:
+    read_by_code = {text for path in CODE for text in literals(path) if re.fullmatch(r"vllm:\w+", text)}
+    assert read_by_code == {m.name for m in registry().metrics.values() if m.origin == "vllm"}
+
+
+GOOD: dict[str, Any] = {
+    "groups": [
+        {
+            "id": "registry.x",
+            "type": "attribute_group",
+            "brief": "Attributes",
+            "attributes": [
+                {"id": "x.name", "type": "string", "brief": "A name", "stability": "stable", "examples": ["n"]},
+                {"id": "x.count", "type": "int", "brief": "A count", "stability": "stable"},
+            ],
+            "annotations": {"llmtrace": {"emitter": {"component": "x", "service": "x", "brief": "X"}}},
+        },
+        {
+            "id": "span.x",
+            "type": "span",
+            "span_kind": "internal",
+            "brief": "A span",
+            "stability": "stable",
+            "attributes": [{"ref": "x.name", "requirement_level": "required"}, {"ref": "x.count"}],
+            "annotations": {
+                "llmtrace": {"name": "x", "scenarios": {"s": {"key": "x", "attributes": ["x.name"]}}},
+            },
+        },
+    ]
+}
+
+
+def changed(change: Change) -> dict[str, Any]:
+    document: dict[str, Any] = yaml.safe_load(yaml.safe_dump(GOOD))
+    change(document)
+    return document
+
+
+def write(folder: Path, document: object) -> Path:
+    (folder / "x.yaml").write_text(yaml.safe_dump(document))
+    return folder
+
+
+def test_a_small_registry(tmp_path: Path) -> None:
+    declared = load(write(tmp_path, GOOD))
+    span = declared.spans["span.x"]
+    assert (span.kind, span.emitter.service, span.attributes["x.name"].level) == ("INTERNAL", "x", "required")
+    assert [told.key for _, told in declared.required("s")] == ["x"]
+
+
+def attribute(d: dict[str, Any]) -> dict[str, Any]:
+    return d["groups"][0]["attributes"][0]  # type: ignore[no-any-return]
+
+
+def span_notes(d: dict[str, Any]) -> dict[str, Any]:
+    return d["groups"][1]["annotations"]["llmtrace"]  # type: ignore[no-any-return]
+
+
+CHANGES: list[tuple[Change, str]] = [
+    (lambda d: attribute(d).update(type="text"), r"x\.yaml: group registry\.x: .*type"),
+    (lambda d: attribute(d).pop("stability"), r"x\.yaml: group registry\.x: .*x\.name needs"),
+    (lambda d: attribute(d).pop("examples"), r"x\.yaml: group registry\.x: .*x\.name needs examples"),
+    (lambda d: attribute(d).update(colour="red"), r"group registry\.x: .*colour"),
+    (lambda d: attribute(d).update(requirement_level="always"), r"group registry\.x: .*requirement_level"),
+    (lambda d: attribute(d).update(ref="x.count"), "either an id or a ref"),
+    (lambda d: d["groups"][0]["attributes"].append(attribute(d)), r"group registry\.x: .*x\.name is there twice"),
+    (lambda d: d["groups"][1]["attributes"].append({"ref": "x.name"}), r"group span\.x: .*x\.name is there twice"),
+    (
+        lambda d: d["groups"][1].update(attributes=[d["groups"][0]["attributes"][1]]),
+        r"group span\.x: attribute x\.count is already declared in x\.yaml",
+    ),
+    (lambda d: d["groups"][1].update(attributes=[]), r"group span\.x: .*needs attributes"),
+    (lambda d: d["groups"][0].update(events=["event.x"]), r"group registry\.x: .*only a span"),
+    (lambda d: d["groups"][0]["annotations"]["llmtrace"].update(emiter=1), r"annotations\.llmtrace: emiter"),
+    (lambda d: d["groups"][0].update(annotations={}), r"group span\.x: .*who sends"),
+    (lambda d: d["groups"][1].update(id="registry.x"), r"group registry\.x: this id is already in x\.yaml"),
+    (lambda d: d["groups"][1].pop("span_kind"), r"group span\.x: .*span_kind"),
+    (lambda d: d["groups"][1].update(extends="nothing"), r"group span\.x: it extends nothing"),
+    (lambda d: d["groups"][1].update(extends="span.x"), r"group span\.x: it extends span\.x"),
+    (lambda d: d["groups"][1].update(events=["event.x"]), r"group span\.x: .*event\.x, which nothing declares"),
+    (lambda d: d["groups"][1]["attributes"].append({"ref": "x.no"}), r"group span\.x: .*x\.no, which nothing declares"),
+    (lambda d: d["groups"][1]["attributes"][0].update(type="int"), "must not change its type"),
+    (lambda d: span_notes(d).pop("name"), r"group span\.x: annotations\.llmtrace: name"),
+    (lambda d: span_notes(d).update(parents=["span.y"]), r"group span\.x: .*span\.y, which nothing declares"),
+    (lambda d: span_notes(d).update(links=["span.y"]), r"group span\.x: .*span\.y, which nothing declares"),
+    (lambda d: span_notes(d)["scenarios"]["s"].update(attributes=["x.no"]), r"group span\.x: s requires x\.no"),
+    (
+        lambda d: span_notes(d)["scenarios"]["s"].update(count={"span": "y", "attribute": "x.count"}),
+        r"group span\.x: s counts by x\.count of y",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES, ids=[message for _, message in CHANGES])
+def test_a_fault_is_named_with_its_file_and_group(tmp_path: Path, change: Change, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(write(tmp_path, changed(change)))
+
+
+def test_what_is_no_registry_at_all(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no YAML file"):
+        load(tmp_path)
+    for document in ({"groups": "none"}, ["groups"], {"groups": [{"brief": "nameless"}]}):
+        with pytest.raises(UserError, match=r"x\.yaml"):
+            load(write(tmp_path, document))
+    (tmp_path / "x.yaml").write_text("groups: [")
+    with pytest.raises(UserError, match="not readable as YAML"):
+        load(tmp_path)
+
+
+def test_two_constants_of_one_name(tmp_path: Path) -> None:
+    def twice(d: dict[str, Any]) -> None:
+        for entry in d["groups"][0]["attributes"]:
+            entry["annotations"] = {"llmtrace": {"constant": "X"}}
+
+    with pytest.raises(UserError, match=r"x\.yaml: the constant X is already in x\.yaml"):
+        load(write(tmp_path, changed(twice)))
