@@ -105,9 +105,11 @@ def _holder(port: int) -> Holder | None:
 
 
 def _own_pids(run_dir: Path) -> frozenset[int]:
-    pid = Supervisor(run_dir / "supervisor.sock").pid()
+    supervisor = Supervisor(run_dir / "supervisor.sock")
+    pid = supervisor.pid()
     if pid is None:
-        return frozenset()
+        # What a killed supervisord left behind is stopped by the next start.
+        return frozenset(process.pid for process in supervisor.orphans())
     try:
         children = psutil.Process(pid).children(recursive=True)
     except psutil.Error:

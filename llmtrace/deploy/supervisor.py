@@ -20,6 +20,7 @@ from supervisor.xmlrpc import SupervisorTransport
 from llmtrace.errors import UserError
 
 CALL_TIMEOUT_S = 60
+ORPHANS_TIMEOUT_S = 40
 AUTOGROUP_NICE = 10
 ENVIRONMENT = frozenset(
     [
@@ -71,6 +72,28 @@ def _give_way(pid: int) -> None:
     """
     with contextlib.suppress(OSError):
         Path(f"/proc/{pid}/autogroup").write_text(str(AUTOGROUP_NICE))
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return dict(process.environ())
+    except (psutil.Error, OSError):
+        return {}
+
+
+def _stop(processes: list[psutil.Process], timeout_s: float) -> bool:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout_s / 2)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    _, alive = psutil.wait_procs(alive, timeout_s / 2)
+    if alive:
+        names = ", ".join(str(process.pid) for process in alive)
+        raise UserError(f"the processes {names} did not end within {timeout_s:g} s: stop them yourself")
+    return bool(processes)
 
 
 @dataclass(frozen=True)
@@ -131,10 +154,11 @@ class Supervisor:
             return None
 
     def launch(self, conf: Path, timeout_s: float = 20) -> None:
-        """Start supervisord with ``conf`` as a daemon and wait until it answers.
+        """Start supervisord with ``conf`` as a daemon and wait until it answers; stop what a killed one left before.
 
         Raises UserError with supervisord's own words where it refuses its configuration.
         """
+        _stop(self.orphans(), ORPHANS_TIMEOUT_S)
         command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(conf)]
         environment = {name: value for name, value in os.environ.items() if name in ENVIRONMENT}
         try:
@@ -193,11 +217,20 @@ class Supervisor:
         self._call("stopProcess", name)
         self._call("startProcess", name)
 
+    def orphans(self) -> list[psutil.Process]:
+        """Processes that a supervisord of this socket started and left behind: it was killed itself."""
+        if self.pid() is not None:
+            return []
+        url = f"unix://{self.socket}"
+        return [
+            process for process in psutil.process_iter() if _environment(process).get("SUPERVISOR_SERVER_URL") == url
+        ]
+
     def shutdown(self, timeout_s: float = 60) -> bool:
-        """Stop all processes and supervisord itself; return whether one was running."""
+        """Stop all processes and supervisord itself, and what a killed one left; return whether there was anything."""
         pid = self.pid()
         if pid is None:
-            return False
+            return _stop(self.orphans(), timeout_s)
         self._call("shutdown")
         # It answers nothing while it stops its processes, and ends after the last one.
         try:

@@ -207,3 +207,25 @@ def test_the_stack_sees_no_secrets_of_the_caller(monkeypatch: pytest.MonkeyPatch
         Supervisor(tmp_path / "s.sock").launch(tmp_path / "conf")
     assert "PATH" in seen
     assert not {"OPENAI_API_KEY", "OTEL_SDK_DISABLED"} & set(seen)
+
+
+def test_what_a_killed_supervisord_left_behind_is_stopped(tmp_path: Path) -> None:
+    supervisor = Supervisor(tmp_path / "s.sock")
+    environment = {"SUPERVISOR_SERVER_URL": f"unix://{supervisor.socket}"}
+    command = [sys.executable, "-c", "print(flush=True); import time; time.sleep(60)"]
+    with (
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as left,
+        subprocess.Popen(command, env={}, stdout=subprocess.PIPE) as other,
+    ):
+        try:
+            for child in (left, other):
+                assert child.stdout is not None
+                child.stdout.readline()
+            assert [process.pid for process in supervisor.orphans()] == [left.pid]
+            assert supervisor.shutdown(10)
+            assert left.poll() is not None
+            assert other.poll() is None
+            assert not supervisor.shutdown(10)
+        finally:
+            left.kill()
+            other.kill()
