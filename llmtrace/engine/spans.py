@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from opentelemetry.trace import NonRecordingSpan, SpanContext, Status, StatusCode, Tracer, set_span_in_context
+from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.util.types import AttributeValue
 
 from llmtrace.engine.clock import NS_PER_S, wall_ns
@@ -17,7 +17,6 @@ from llmtrace.engine.facts import Facts
 from llmtrace.semconv import engine as names
 
 _MS_PER_S = 1000.0
-_NS_PER_MS = 1_000_000
 ABORTED = "abort"
 FAILED = "error"
 
@@ -115,8 +114,6 @@ def write_aborted(tracer: Tracer, parent: SpanContext, facts: Facts, request_id:
         names.COMPLETION_TOKENS: facts.output_tokens,
         names.E2E_LATENCY: (end - start) / NS_PER_S,
     }
-    from opentelemetry.trace import SpanKind
-
     context = set_span_in_context(NonRecordingSpan(parent))
     span = tracer.start_span(
         names.REQUEST_SPAN, context, kind=SpanKind.SERVER, attributes=attributes, start_time=start
