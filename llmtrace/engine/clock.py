@@ -1,8 +1,8 @@
 """From the engine's monotonic clock to the wall clock.
 
-vLLM's scheduler stamps its events with ``time.monotonic()`` (seconds); spans need nanoseconds since the epoch. Each request
-is converted with one offset, taken once in the process whose monotonic clock it is: durations and order stay exactly
-those of the monotonic clock, whatever the wall clock does meanwhile, and another machine's clock never enters.
+vLLM's scheduler stamps its events with ``time.monotonic()`` (seconds); spans need nanoseconds since the epoch. Each
+request is converted with one offset, taken once in the process whose monotonic clock it is: durations and order stay
+exactly those of the monotonic clock, whatever the wall clock does meanwhile, and another machine's clock never enters.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Collects each sampled request's facts in the engine core, beside the scheduler.
 
-Runs between the steps of the engine's loop, so it is written to do next to nothing there: a look-up per output, a little
-more in the steps in which a request is admitted, prefilled, preempted or ended. Nothing waits, nothing is sent from here;
-the facts leave with vLLM's own messages.
+Runs between the steps of the engine's loop, so it is written to do next to nothing there: a look-up per output, a
+little more in the steps in which a request is admitted, prefilled, preempted or ended. Nothing waits, nothing is sent
+from here; the facts leave with vLLM's own messages.
 """
 
 from __future__ import annotations

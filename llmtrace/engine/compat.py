@@ -1,8 +1,8 @@
 """Everything that this plugin takes for granted about vLLM, in one table, and the check of it.
 
-vLLM's internals move between versions. Each function that is wrapped and each name that is read stands here with what is
-used of it, why this one was chosen, and what is lost without it; nothing else of vLLM is touched. ``check`` compares the
-table with the vLLM at hand when the plugin is loaded; the contract test compares it with a vLLM's source without running it.
+vLLM's internals move between versions. Each function that is wrapped and each name that is read stands here with what
+is used of it, why this one was chosen, and what is lost without it; nothing else of vLLM is touched. ``check`` compares
+the table with the vLLM at hand when the plugin is loaded; the contract test compares it with a vLLM's source.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ NAMES = (
     Name("vllm.v1.core.sched.output", "SchedulerOutput", "finished_req_ids", "who is gone for certain"),
     Name("vllm.v1.core.sched.output", "SchedulerOutput", "preempted_req_ids", "preemptions", True),
     Name("vllm.v1.core.sched.output", "SchedulerOutput", "scheduled_spec_decode_tokens", "drafts", True),
-    Name("vllm.v1.core.sched.output", "SchedulerOutput", "num_invalid_spec_tokens", "drafts that grammar refused", True),
+    Name("vllm.v1.core.sched.output", "SchedulerOutput", "num_invalid_spec_tokens", "drafts refused by grammar", True),
     Name("vllm.v1.core.sched.output", "NewRequestData", "req_id", "who was scheduled for the first time"),
     Name("vllm.v1.outputs", "ModelRunnerOutput", "kv_connector_output", "end of a KV load", True),
     Name("vllm.v1.outputs", "ModelRunnerOutput", "sampled_token_ids", "drafts accepted", True),

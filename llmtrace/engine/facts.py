@@ -1,10 +1,10 @@
 """What the engine core knows about one request, and how it travels to the process that makes the spans.
 
 The scheduler runs in the engine core process; vLLM makes ``llm_request`` in the API server's. Between them go
-``EngineCoreOutput`` messages, whose fields are fixed by position; but ``trace_headers`` is a mapping of strings that vLLM
-echoes untouched and reads only ``traceparent`` and ``tracestate`` from. The facts ride there as one more key, once per
-request, on its last output: no channel of our own, no wire format changed, and an API server without this plugin does
-not notice.
+``EngineCoreOutput`` messages, whose fields are fixed by position; but ``trace_headers`` is a mapping of strings that
+vLLM echoes untouched and reads only ``traceparent`` and ``tracestate`` from. The facts ride there as one more key, once
+per request, on its last output: no channel of our own, no wire format changed, and an API server without this plugin
+does not notice.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Wrapping vLLM's functions so that nothing here can hurt a request.
 
-All code of this plugin that runs inside vLLM runs through one :class:`Guard`. The first exception switches the plugin off for
-this process, with one log line; from then on the wrapped functions are called directly. vLLM's own exceptions pass
-untouched.
+All code of this plugin that runs inside vLLM runs through one :class:`Guard`. The first exception switches the plugin
+off for this process, with one log line; from then on the wrapped functions are called directly. vLLM's own exceptions
+pass untouched.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Guard:
         logger.error("llmtrace: fault in %s (%s); no more engine spans from this process", where, _place(error))
 
 
-def wrap(owner: type, name: str, guard: Guard, before: Before | None = None, after: After | None = None) -> None:
+def wrap(owner: Any, name: str, guard: Guard, before: Before | None = None, after: After | None = None) -> None:
     """Replace method ``name`` of ``owner`` by one that also runs ``before`` and ``after``; a second time does nothing.
 
     The method's own exception skips ``after`` and reaches the caller as it is.

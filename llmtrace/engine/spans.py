@@ -1,8 +1,8 @@
 """From a request's facts to the spans below its ``llm_request``.
 
-The spans tile the request: ``queue``, ``kv_load``, ``prefill`` and ``decode`` never overlap, so that their times add up.
-vLLM counts waiting for remote KV as time in queue; here that time is ``kv_load`` and nothing else, and what a request
-waits after its KV has come is a second ``queue`` with its own reason.
+The spans tile the request: ``queue``, ``kv_load``, ``prefill`` and ``decode`` never overlap, so that their times add
+up. vLLM counts waiting for remote KV as time in queue; here that time is ``kv_load`` and nothing else, and what a
+request waits after its KV has come is a second ``queue`` with its own reason.
 """
 
 from __future__ import annotations
@@ -115,9 +115,7 @@ def write_aborted(tracer: Tracer, parent: SpanContext, facts: Facts, request_id:
         names.E2E_LATENCY: (end - start) / NS_PER_S,
     }
     context = set_span_in_context(NonRecordingSpan(parent))
-    span = tracer.start_span(
-        names.REQUEST_SPAN, context, kind=SpanKind.SERVER, attributes=attributes, start_time=start
-    )
+    span = tracer.start_span(names.REQUEST_SPAN, context, kind=SpanKind.SERVER, attributes=attributes, start_time=start)
     span.add_event(names.ABORT_EVENT, timestamp=end)
     if span.is_recording():
         write(tracer, span.get_span_context(), phases(facts, request_id, Window(start, end)))
@@ -137,9 +135,7 @@ class _Times:
             ended = facts.last_token
         self.end = max(self.wall(ended), self.queued)
         self.scheduled = self._between(facts.scheduled, self.queued)
-        self.first_token = (
-            None if self.scheduled is None else self._between(facts.first_token, self.scheduled)
-        )
+        self.first_token = None if self.scheduled is None else self._between(facts.first_token, self.scheduled)
         self.admitted = self.end if self.scheduled is None else self.scheduled
 
     def wall(self, moment: float) -> int:
