@@ -229,7 +229,8 @@ class Collector:
             facts = tracked.facts
             facts.chunk_count += 1
             if len(facts.chunks) < MAX_CHUNKS:
-                facts.chunks.append((began, count, len(tokens) - 1, total - count))
+                # vLLM stamps the admission a little after the step began; the chunk is not before it.
+                facts.chunks.append((max(began, _newest_start(facts)), count, len(tokens) - 1, total - count))
             # With asynchronous scheduling the next step, a decode, is scheduled before the first token is known.
             if not getattr(tracked.request, "is_prefill_chunk", False):
                 del self._prefilling[request_id]
@@ -280,6 +281,11 @@ def _count(facts: Facts, tokens: int, now: float) -> None:
         facts.worst_gap = max(facts.worst_gap, now - facts.last_token)
     facts.last_token = now
     facts.output_tokens += tokens
+
+
+def _newest_start(facts: Facts) -> float:
+    resumed = facts.preemptions[-1].resumed if facts.preemptions else None
+    return resumed or facts.scheduled or 0.0
 
 
 def _stamp(request: Any, kind: str, otherwise: float) -> float:

@@ -183,22 +183,18 @@ def _holder(found: list[Phase], event: Event) -> Phase:
 
 
 def _events(facts: Facts, times: _Times) -> list[Event]:
-    found = [
-        Event(
-            names.CHUNK_EVENT,
-            times.wall(time),
-            {
-                names.CHUNK_TOKENS: tokens,
-                names.CHUNK_BATCH_REQUESTS: requests,
-                names.CHUNK_BATCH_TOKENS: others,
-            },
-        )
-        for time, tokens, requests, others in facts.chunks
-    ]
+    found: list[Event] = []
     for item in facts.preemptions:
         found.append(Event(names.PREEMPTED_EVENT, times.wall(item.preempted)))
         if item.resumed is not None:
             found.append(Event(names.RESUMED_EVENT, times.wall(item.resumed)))
+    for time, tokens, requests, others in facts.chunks:
+        attributes: Attributes = {
+            names.CHUNK_TOKENS: tokens,
+            names.CHUNK_BATCH_REQUESTS: requests,
+            names.CHUNK_BATCH_TOKENS: others,
+        }
+        found.append(Event(names.CHUNK_EVENT, times.wall(time), attributes))
     if times.first_token is not None:
         found.append(Event(names.FIRST_TOKEN_EVENT, times.first_token))
     if facts.finish_reason == ABORTED:
