@@ -143,7 +143,14 @@ class Collector:
                     continue
                 count = len(output.new_token_ids)
                 if count:
-                    _count(tracked.facts, count, now)
+                    # Written out: this runs for every token of every sampled request.
+                    facts = tracked.facts
+                    if facts.last_token is None:
+                        facts.first_token = now
+                    elif now - facts.last_token > facts.worst_gap:
+                        facts.worst_gap = now - facts.last_token
+                    facts.last_token = now
+                    facts.output_tokens += count
                 if output.finish_reason is not None and tracked.request.is_finished():
                     self._end(tracked, now)
                     self._forget(output.request_id)
@@ -272,15 +279,6 @@ class Collector:
             if tracked is not None and request_id in indices and (got := len(sampled[indices[request_id]])):
                 tracked.facts.draft_tokens += len(tokens) - invalid.get(request_id, 0)
                 tracked.facts.accepted_tokens += got - 1
-
-
-def _count(facts: Facts, tokens: int, now: float) -> None:
-    if facts.last_token is None:
-        facts.first_token = now
-    else:
-        facts.worst_gap = max(facts.worst_gap, now - facts.last_token)
-    facts.last_token = now
-    facts.output_tokens += tokens
 
 
 def _newest_start(facts: Facts) -> float:
