@@ -20,7 +20,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ PENDING_SIZE = 1024
 """Requests whose ``llm_request`` is there and whose facts are not."""
 FLUSH_S = 2.0
 _STOP_STRING = "stop"
+_ABORT = "abort"
 
 # vLLM appends 8 hexadecimal digits to the client's id, and prefixes the index of each of n.
 _INTERNAL_ID = re.compile(r"^(?:\d+_)?(?P<external>.+?)(?:-[0-9a-f]{8})?$")
@@ -65,7 +66,7 @@ class _Job:
     request_id: str
     parent: Parent | None
     finish_reason: str | None = None
-    """Overrules the engine's, which knows a stop string only as an abort."""
+    """What the client saw; the engine knows a stop string only as an abort."""
 
 
 class RequestSpanWatch(SpanProcessor):
@@ -146,15 +147,26 @@ class Frontend:
             self._pending.popitem(last=False)
             self._drop()
 
-    def receive(self, outputs: list[Any]) -> None:
-        """Messages from the engine core: take out those that this plugin added to them."""
-        added = [item for item in outputs if item.trace_headers and DEPARTED_HEADER in item.trace_headers]
-        if not added:
-            return
-        outputs[:] = [item for item in outputs if not (item.trace_headers and DEPARTED_HEADER in item.trace_headers)]
-        for item in added:
+    def receive(self, outputs: list[Any], known: Container[str]) -> None:
+        """Messages from the engine core; ``known`` are the requests that vLLM still has an ``llm_request`` to make for.
+
+        Those that this plugin added are taken out. A request may also have ended in the engine while its abort was on
+        the way: then vLLM ignores its last output, and the facts in it are all there is.
+        """
+        orphans = []
+        added = False
+        for item in outputs:
+            if item.finish_reason is None or not item.trace_headers or FACTS_HEADER not in item.trace_headers:
+                continue
+            departed = DEPARTED_HEADER in item.trace_headers
+            if departed or item.request_id not in known:
+                orphans.append(item)
+            added |= departed
+        if added:
+            outputs[:] = [item for item in outputs if DEPARTED_HEADER not in (item.trace_headers or ())]
+        for item in orphans:
             parent = self._pending.pop(item.request_id, None)
-            reason = None if parent is None else _STOP_STRING
+            reason = _ABORT if parent is None else _STOP_STRING
             self._submit(_Job(item.trace_headers, item.request_id, parent, reason))
 
     def flush(self, timeout_s: float = FLUSH_S) -> None:

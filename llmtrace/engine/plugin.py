@@ -93,8 +93,8 @@ class Plugin:
     def _traced(self, state: tuple[Any, Any], _result: Any, *_args: Any, **_kwargs: Any) -> None:
         self.frontend.traced(*state)
 
-    def _processing(self, _processor: Any, engine_core_outputs: list[Any], *_args: Any, **_kwargs: Any) -> None:
-        self.frontend.receive(engine_core_outputs)
+    def _processing(self, processor: Any, engine_core_outputs: list[Any], *_args: Any, **_kwargs: Any) -> None:
+        self.frontend.receive(engine_core_outputs, processor.request_states)
 
     def _configured(self, _state: None, config: Any, arguments: Any, *_args: Any, **_kwargs: Any) -> None:
         switch_on(config, log_stats=not getattr(arguments, "disable_log_stats", False))

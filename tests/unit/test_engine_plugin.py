@@ -33,15 +33,15 @@ class Processor:
     """vLLM's OutputProcessor: forgets aborted requests, makes llm_request for the others."""
 
     def __init__(self) -> None:
-        self.known: dict[str, Any] = {}
+        self.request_states: dict[str, Any] = {}
         self.seen: list[str] = []
 
     def process_outputs(self, engine_core_outputs: list[Output], timestamp: float = 0.0) -> None:
         for output in engine_core_outputs:
             self.seen.append(output.request_id)
-            state = self.known.get(output.request_id)
+            state = self.request_states.get(output.request_id)
             if state is not None and (output.finish_reason is not None or state.stop_string):
-                del self.known[output.request_id]
+                del self.request_states[output.request_id]
                 self.do_tracing(output, state, None)
 
     def do_tracing(self, engine_core_output: Output, req_state: Any, iteration_stats: Any) -> None:
@@ -82,7 +82,7 @@ class World:
     def add(self, request: Request, at: float = 10.0, **state: Any) -> Request:
         self.now = at
         request.record(EventType.QUEUED, at)
-        self.processor.known[request.request_id] = SimpleNamespace(
+        self.processor.request_states[request.request_id] = SimpleNamespace(
             external_req_id="cmpl-1", num_cached_tokens=128, stop_string=False, **state
         )
         self.scheduler.add_request(request)
@@ -245,7 +245,7 @@ def test_aborted_by_the_client(world: World) -> None:
     """vLLM makes no llm_request: the plugin does, once, with what happened until then."""
     request = world.add(Request("cmpl-9-89abcdef"))
     world.step({"cmpl-9-89abcdef": 200}, 10.1, new=("cmpl-9-89abcdef",))
-    del world.processor.known[request.request_id]
+    del world.processor.request_states[request.request_id]
     world.scheduler.finish_requests({request.request_id}, Status.FINISHED_ABORTED)
     world.scheduler.finish_requests([request.request_id], Status.FINISHED_ABORTED)
     world.step({}, 10.2, finished_req_ids={request.request_id})
@@ -265,7 +265,7 @@ def test_stop_string_found_by_the_api_server(world: World) -> None:
     """llm_request comes before the engine knows; the facts follow with its abort."""
     request = world.add(Request("r"))
     world.step({"r": 300}, 10.1, new=("r",), outputs=(world.out(request),))
-    world.processor.known["r"].stop_string = True
+    world.processor.request_states["r"].stop_string = True
     world.step({"r": 1}, 10.2, outputs=(world.out(request),))
     world.scheduler.finish_requests(iter(["r"]), Status.FINISHED_ABORTED)
     world.step({}, 10.3, finished_req_ids={"r"})
@@ -275,6 +275,26 @@ def test_stop_string_found_by_the_api_server(world: World) -> None:
     assert attributes(spans["decode"])[names.FINISH_REASONS] == ("stop",)
     assert attributes(spans["decode"])[names.OUTPUT_TOKENS] == 2
     assert not world.frontend._pending
+
+
+@pytest.mark.parametrize("hung_up", [True, False])
+def test_ended_in_the_engine_while_its_abort_was_on_the_way(world: World, hung_up: bool) -> None:
+    """vLLM ignores the last output of a request that it has given up already; its facts are used all the same."""
+    request = world.add(Request("r"))
+    world.step({"r": 300}, 10.1, new=("r",), outputs=(world.out(request),))
+    if hung_up:
+        del world.processor.request_states["r"]
+    else:
+        world.processor.request_states["r"].stop_string = True
+        world.step({"r": 1}, 10.2, outputs=(world.out(request),))
+    world.step({"r": 1}, 10.3, outputs=(world.out(request, 1, Status.FINISHED_STOPPED),))
+    world.scheduler.finish_requests(["r"], Status.FINISHED_ABORTED)
+    world.step({}, 10.4)
+    spans = by_name(world.spans())
+    assert set(spans) == {"llm_request", "queue", "prefill", "decode"}
+    reason = "abort" if hung_up else "stop"
+    assert attributes(spans["llm_request"])[names.FINISH_REASONS] == (reason,)
+    assert attributes(spans["decode"])[names.FINISH_REASONS] == (reason,)
 
 
 def test_failed_in_the_engine(world: World) -> None:
@@ -349,7 +369,7 @@ def test_turn_of_a_streamed_input_is_not_the_end(world: World) -> None:
     request = world.add(Request("r"))
     world.step({"r": 300}, 10.1, new=("r",))
     turn = Output("r", [1], Reason.STOP, request.trace_headers)
-    world.processor.known.clear()
+    world.processor.request_states.clear()
     world.step({"r": 1}, 10.2, outputs=(turn,))
     assert FACTS_HEADER not in (turn.trace_headers or {})
     assert world.scheduler._llmtrace_collector._live
@@ -393,7 +413,7 @@ def test_pending_is_bounded(make_world: Callable[..., World]) -> None:
     world.frontend._pending_size = 2
     for index in range(4):
         request = world.add(Request(f"r{index}"))
-        world.processor.known[request.request_id].stop_string = True
+        world.processor.request_states[request.request_id].stop_string = True
         world.step({f"r{index}": 300}, 10.1, new=(f"r{index}",), outputs=(world.out(request),))
     assert len(world.frontend._pending) == 2
     assert world.frontend.dropped == 2
@@ -443,7 +463,7 @@ def check_fault(world: World, caplog: pytest.LogCaptureFixture) -> None:
             finish_normally(world, world.add(Request(f"r{index}")))
             world.add(Request(f"aborted{index}"))
             world.scheduler.finish_requests([f"aborted{index}"], Status.FINISHED_ABORTED)
-            del world.processor.known[f"aborted{index}"]
+            del world.processor.request_states[f"aborted{index}"]
         world.step({}, 12.0)
         spans = world.spans()
     assert [span.name for span in spans if span.parent and f"{span.parent.span_id:x}" == "b7ad6b7169203331"].count(
