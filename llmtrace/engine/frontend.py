@@ -25,12 +25,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from opentelemetry import context as context_api
-from opentelemetry import metrics, trace
+from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 from opentelemetry.trace import SpanContext, TraceFlags
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from llmtrace import __version__
+from llmtrace.engine.drops import publish
 from llmtrace.engine.facts import DEPARTED_HEADER, FACTS_HEADER, Facts, from_wire, is_sampled
 from llmtrace.engine.hooks import Guard, logger
 from llmtrace.engine.spans import Attributes, Window, phases, write, write_aborted
@@ -109,9 +110,6 @@ class Frontend:
         self._pending_size = pending_size
         self._jobs: queue.Queue[_Job | None] = queue.Queue(queue_size)
         self._thread: threading.Thread | None = None
-        self._counter = metrics.get_meter(names.SCOPE, __version__).create_counter(
-            names.DROPPED_METRIC, "{request}", "Requests without engine spans: their queue was full"
-        )
 
     def clear(self) -> None:
         """Let go of everything."""
@@ -190,11 +188,11 @@ class Frontend:
 
     def _drop(self) -> None:
         if self.dropped == 0:
-            logger.warning("llmtrace: engine spans of some requests are dropped; counted in %s", names.DROPPED_METRIC)
+            logger.warning("llmtrace: engine spans of some requests are dropped; metric %s", names.DROPPED_METRIC)
         self.dropped += 1
-        self._counter.add(1)
 
     def _work(self) -> None:
+        self._guard.run("the metric of drops", publish, lambda: self.dropped)
         while (job := self._jobs.get()) is not None:
             if self._guard.on:
                 self._guard.run("making spans", _make, job)

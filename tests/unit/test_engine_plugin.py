@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 from engine_fakes import UNSAMPLED, EventType, Output, Outputs, Reason, Request, Scheduler, Status, Step
-from opentelemetry import trace
+from opentelemetry import metrics, trace
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -19,7 +21,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, Sampler
 from opentelemetry.trace import SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from llmtrace.engine import collector, compat, frontend, plugin
+from llmtrace.engine import collector, compat, drops, frontend, plugin
 from llmtrace.engine.facts import FACTS_HEADER, MAX_CHUNKS
 from llmtrace.engine.frontend import Frontend, external_id
 from llmtrace.engine.hooks import Guard, wrap
@@ -406,6 +408,36 @@ def test_full_queue_drops_and_counts(make_world: Callable[..., World], caplog: p
         finish_normally(world, world.add(Request(f"r{index}")))
     assert world.frontend.dropped == 3
     assert len([record for record in caplog.records if "dropped" in record.message]) == 1
+
+
+def test_drops_are_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = InMemoryMetricReader()
+    provider = MeterProvider([reader])
+    monkeypatch.setattr(metrics, "get_meter_provider", lambda: provider)
+    assert drops.publish(lambda: 3, {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4317"}) is None, "the process has one"
+    data = reader.get_metrics_data()
+    assert data is not None
+    (metric,) = data.resource_metrics[0].scope_metrics[0].metrics
+    assert metric.name == names.DROPPED_METRIC
+    assert [point.value for point in metric.data.data_points] == [3]
+
+
+@pytest.mark.parametrize(
+    ("environment", "own"),
+    [
+        ({}, False),
+        ({"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "http://127.0.0.1:1"}, True),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_METRICS_EXPORTER": "none"}, False),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_SDK_DISABLED": "true"}, False),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://127.0.0.1:1"}, False),
+    ],
+)
+def test_own_meter_provider_only_where_metrics_go(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], own: bool
+) -> None:
+    made = MeterProvider()
+    monkeypatch.setattr(drops, "_own_provider", lambda: made)
+    assert (drops.publish(lambda: 0, environment) is made) is own
 
 
 def test_pending_is_bounded(make_world: Callable[..., World]) -> None:
