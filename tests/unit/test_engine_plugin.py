@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import sys
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -620,3 +622,25 @@ def test_without_vllm_register_says_so_and_lives(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(plugin, "_installed", [])
     monkeypatch.setitem(sys.modules, "vllm", None)
     engine.register()
+
+
+def test_imports_nothing_but_opentelemetry_vllm_and_its_own_names() -> None:
+    """It goes into other people's images."""
+    found: set[str] = set()
+    for path in Path(plugin.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module or "")
+    own = {name for name in found if name.split(".")[0] == "llmtrace"}
+    assert all(name in ("llmtrace", "llmtrace.semconv") or name.startswith("llmtrace.engine") for name in own)
+    others = {name.split(".")[0] for name in found} - set(sys.stdlib_module_names)
+    assert others == {"llmtrace", "opentelemetry", "vllm"}
+
+
+def test_vllm_is_imported_only_when_it_is_there() -> None:
+    """At module level vLLM is never imported: the package's tests and tools run without it."""
+    for path in Path(plugin.__file__).parent.glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            assert not (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm")), path
