@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 
-TESTED_VERSIONS = ("0.32",)
-"""vLLM releases (major.minor) that this table was checked and tried against."""
+CHECKED_VERSIONS = ("0.32", "0.33")
+"""vLLM releases (major.minor) whose source has everything in this table; 0.32 is also run."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +220,6 @@ def check(hooks: tuple[Hook, ...] = HOOKS) -> tuple[dict[str, Callable[..., obje
     return found, moved
 
 
-def is_tested(version: str) -> bool:
-    """Whether ``version`` of vLLM is one that this plugin was tried with."""
-    return ".".join(version.split(".")[:2]) in TESTED_VERSIONS
+def is_checked(version: str) -> bool:
+    """Whether ``version`` of vLLM is one that this table was compared with."""
+    return ".".join(version.split(".")[:2]) in CHECKED_VERSIONS

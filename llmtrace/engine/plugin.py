@@ -10,7 +10,7 @@ from functools import reduce
 from typing import Any
 
 from llmtrace.engine.collector import Collector
-from llmtrace.engine.compat import HOOKS, Moved, check, is_tested
+from llmtrace.engine.compat import HOOKS, Moved, check, is_checked
 from llmtrace.engine.frontend import Frontend
 from llmtrace.engine.hooks import After, Before, Guard, logger, wrap
 from llmtrace.engine.switch import switch_on
@@ -122,13 +122,16 @@ def _wrap_all(plugin: Plugin, found: dict[str, Callable[..., object]]) -> None:
 
 
 def report(version: str, moved: list[Moved]) -> None:
-    """One line where something is missing, or where this vLLM is not one that was tried."""
+    """One line where something is missing, or where this vLLM is not one that was checked."""
     if moved:
         gone = "; ".join(f"{item.entry.path} ({item.what})" for item in moved)
         lost = sorted({getattr(item.entry, "without", "") for item in moved})
         logger.warning("llmtrace: vLLM %s lacks %s. Missing therefore: %s", version, gone, "; ".join(lost))
-    elif not is_tested(version):
-        logger.info("llmtrace: vLLM %s is not one that llmtrace was tried with; every hook point is there", version)
+    elif not is_checked(version):
+        logger.info(
+            "llmtrace: vLLM %s is newer or older than those that llmtrace was checked with; every hook point is there",
+            version,
+        )
 
 
 def _version() -> str:
