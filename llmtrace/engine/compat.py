@@ -1,0 +1,225 @@
+"""Everything that this plugin takes for granted about vLLM, in one table, and the check of it.
+
+vLLM's internals move between versions. Each function that is wrapped and each name that is read stands here with what
+is used of it, why this one was chosen, and what is lost without it; nothing else of vLLM is touched. ``check`` compares
+the table with the vLLM at hand when the plugin is loaded; the contract test compares it with a vLLM's source.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+
+CHECKED_VERSIONS = ("0.32", "0.33")
+"""vLLM releases (major.minor) whose source has everything in this table; 0.32 is also run."""
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A function of vLLM that is wrapped.
+
+    ``parameters`` are those used, by name and in this order after ``self``; others may come and go.
+    """
+
+    name: str
+    module: str
+    owner: str
+    function: str
+    parameters: tuple[str, ...]
+    reason: str
+    without: str
+    """What the traces lack if it is gone."""
+
+    @property
+    def path(self) -> str:
+        """How people name it."""
+        return f"{self.module}.{self.owner}.{self.function}"
+
+
+@dataclass(frozen=True)
+class Name:
+    """An attribute of vLLM's objects that is read. ``optional``: without it only an attribute of a span is missing."""
+
+    module: str
+    owner: str
+    attribute: str
+    reason: str
+    optional: bool = False
+
+    @property
+    def path(self) -> str:
+        """How people name it."""
+        return f"{self.module}.{self.owner}.{self.attribute}"
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Something of the table that this vLLM does not have."""
+
+    entry: Hook | Name
+    what: str
+
+
+_SCHEDULER = "vllm.v1.core.sched.scheduler"
+_OUTPUT_PROCESSOR = "vllm.v1.engine.output_processor"
+
+HOOKS = (
+    Hook(
+        "add_request",
+        _SCHEDULER,
+        "Scheduler",
+        "add_request",
+        ("request",),
+        "Public interface of every scheduler (SchedulerInterface). The one door by which a request, each of n and each "
+        "of a list of prompts, comes into an engine; before it the request is not known here, after it it is queued.",
+        "every span of the engine",
+    ),
+    Hook(
+        "schedule",
+        _SCHEDULER,
+        "Scheduler",
+        "schedule",
+        (),
+        "Public interface. Returns the SchedulerOutput that every model runner reads: who runs, with how many tokens, "
+        "who is new, who was preempted. One call a step, so nothing has to be hooked inside its loop, which changes "
+        "with every release.",
+        "every span of the engine",
+    ),
+    Hook(
+        "update_from_output",
+        _SCHEDULER,
+        "Scheduler",
+        "update_from_output",
+        ("scheduler_output", "model_runner_output"),
+        "Public interface. Returns the messages to the API servers, with vLLM's own time stamp of each token, and is "
+        "the last place in the engine core where something can be added to them; called once more after an abort, "
+        "because the workers must hear of it.",
+        "every span of the engine",
+    ),
+    Hook(
+        "finish_requests",
+        _SCHEDULER,
+        "Scheduler",
+        "finish_requests",
+        ("request_ids",),
+        "Public interface. Every end from outside comes through it: the client hung up, a stop string was found by the "
+        "API server, a pause, a shutdown. vLLM sends no message about those.",
+        "the spans of aborted requests and of those that a stop string ended",
+    ),
+    Hook(
+        "do_tracing",
+        _OUTPUT_PROCESSOR,
+        "OutputProcessor",
+        "do_tracing",
+        ("engine_core_output", "req_state"),
+        "Makes llm_request, in the API server, when the request is over. During it an OpenTelemetry SpanProcessor "
+        "(public API) sees the span start, so that its id is known without choosing it and without touching vLLM's "
+        "tracing helpers. It is called once per request, whichever API server has it.",
+        "every span of the engine",
+    ),
+    Hook(
+        "process_outputs",
+        _OUTPUT_PROCESSOR,
+        "OutputProcessor",
+        "process_outputs",
+        ("engine_core_outputs",),
+        "The first to see the engine core's messages in the API server. Takes out those that this plugin added for "
+        "requests which left without one: vLLM would ignore them, but need not be trusted to.",
+        "the spans of aborted requests and of those that a stop string ended",
+    ),
+    Hook(
+        "create_engine_config",
+        "vllm.engine.arg_utils",
+        "EngineArgs",
+        "create_engine_config",
+        (),
+        "Public. Its result carries observability_config.otlp_traces_endpoint to every process: setting it there from "
+        "the OTEL_* variables is the same as the flag on the command line.",
+        "switching on by OTEL_* variables alone; --otlp-traces-endpoint still does",
+    ),
+)
+
+NAMES = (
+    Name("vllm.v1.request", "Request", "request_id", "key of everything"),
+    Name("vllm.v1.request", "Request", "trace_headers", "whether the request is sampled"),
+    Name("vllm.v1.request", "Request", "client_index", "which API server has it"),
+    Name("vllm.v1.request", "Request", "is_finished", "a turn of a streamed input ends, the request does not"),
+    Name("vllm.v1.request", "Request", "get_finished_reason", "how it ended"),
+    Name("vllm.v1.request", "Request", "num_prompt_tokens", "prompt tokens"),
+    Name("vllm.v1.request", "Request", "is_prefill_chunk", "whether the chunk just scheduled was the last one", True),
+    Name("vllm.v1.request", "Request", "arrival_time", "start of an aborted llm_request", True),
+    Name("vllm.v1.request", "Request", "status", "whether it waits for remote KV", True),
+    Name("vllm.v1.request", "Request", "events", "vLLM's own time stamps, so that its numbers and ours agree", True),
+    Name("vllm.v1.request", "Request", "prefill_stats", "tokens cached and computed", True),
+    Name("vllm.v1.request", "Request", "num_tokens", "KV blocks held", True),
+    Name("vllm.v1.request", "Request", "num_computed_tokens", "KV blocks held", True),
+    Name("vllm.v1.request", "Request", "lora_request", "LoRA adapter", True),
+    Name("vllm.v1.request", "Request", "use_structured_output", "structured output", True),
+    Name("vllm.v1.request", "Request", "kv_transfer_params", "the engine that prefilled", True),
+    Name("vllm.v1.request", "RequestStatus", "WAITING_FOR_REMOTE_KVS", "whether it waits for remote KV", True),
+    Name("vllm.v1.metrics.stats", "PrefillStats", "num_computed_tokens", "tokens computed", True),
+    Name("vllm.v1.metrics.stats", "PrefillStats", "num_local_cached_tokens", "tokens cached here", True),
+    Name("vllm.v1.metrics.stats", "PrefillStats", "num_external_cached_tokens", "tokens cached elsewhere", True),
+    Name("vllm.v1.engine", "EngineCoreEventType", "QUEUED", "vLLM's time stamp", True),
+    Name("vllm.v1.engine", "EngineCoreEventType", "SCHEDULED", "vLLM's time stamp", True),
+    Name("vllm.v1.engine", "EngineCoreEventType", "PREEMPTED", "vLLM's time stamp", True),
+    Name("vllm.v1.engine", "EngineCoreEvent", "type", "vLLM's time stamp", True),
+    Name("vllm.v1.engine", "EngineCoreEvent", "timestamp", "vLLM's time stamp", True),
+    Name("vllm.v1.engine", "EngineCoreOutput", "request_id", "key of everything"),
+    Name("vllm.v1.engine", "EngineCoreOutput", "new_token_ids", "how many tokens; never which"),
+    Name("vllm.v1.engine", "EngineCoreOutput", "finish_reason", "whether it is the last output"),
+    Name("vllm.v1.engine", "EngineCoreOutput", "trace_headers", "carries the facts"),
+    Name("vllm.v1.engine", "EngineCoreOutputs", "outputs", "messages of a step"),
+    Name("vllm.v1.engine", "EngineCoreOutputs", "timestamp", "vLLM's time stamp of the tokens of a step"),
+    Name("vllm.v1.engine", "FinishReason", "ABORT", "an output for a request that left without one"),
+    Name("vllm.v1.core.sched.output", "SchedulerOutput", "scheduled_new_reqs", "who was scheduled for the first time"),
+    Name("vllm.v1.core.sched.output", "SchedulerOutput", "num_scheduled_tokens", "chunks and their batch"),
+    Name("vllm.v1.core.sched.output", "SchedulerOutput", "total_num_scheduled_tokens", "tokens of the batch"),
+    Name("vllm.v1.core.sched.output", "SchedulerOutput", "finished_req_ids", "who is gone for certain"),
+    Name("vllm.v1.core.sched.output", "SchedulerOutput", "preempted_req_ids", "preemptions", True),
+    Name("vllm.v1.core.sched.output", "SchedulerOutput", "scheduled_spec_decode_tokens", "drafts", True),
+    Name("vllm.v1.core.sched.output", "SchedulerOutput", "num_invalid_spec_tokens", "drafts refused by grammar", True),
+    Name("vllm.v1.core.sched.output", "NewRequestData", "req_id", "who was scheduled for the first time"),
+    Name("vllm.v1.outputs", "ModelRunnerOutput", "kv_connector_output", "end of a KV load", True),
+    Name("vllm.v1.outputs", "ModelRunnerOutput", "sampled_token_ids", "drafts accepted", True),
+    Name("vllm.v1.outputs", "ModelRunnerOutput", "req_id_to_index", "drafts accepted", True),
+    Name("vllm.v1.outputs", "KVConnectorOutput", "finished_recving", "end of a KV load", True),
+    Name("vllm.v1.outputs", "KVConnectorOutput", "failed_recving", "failure of a KV load", True),
+    Name(_SCHEDULER, "Scheduler", "requests", "the request behind an id"),
+    Name(_SCHEDULER, "Scheduler", "vllm_config", "data-parallel rank, engine id"),
+    Name(_SCHEDULER, "Scheduler", "connector", "whether KV can be loaded at all", True),
+    Name(_SCHEDULER, "Scheduler", "block_size", "KV blocks held", True),
+    Name(_SCHEDULER, "Scheduler", "get_request_counts", "running and waiting", True),
+    Name(_SCHEDULER, "Scheduler", "get_kv_cache_usage", "use of the KV cache", True),
+    Name(_SCHEDULER, "Scheduler", "finished_recving_kv_req_ids", "a load that is over but not yet noticed", True),
+    Name(_OUTPUT_PROCESSOR, "OutputProcessor", "request_states", "whether vLLM still knows the request"),
+    Name(_OUTPUT_PROCESSOR, "RequestState", "external_req_id", "the request's id as the client knows it", True),
+    Name(_OUTPUT_PROCESSOR, "RequestState", "num_cached_tokens", "cached tokens on llm_request", True),
+)
+
+
+def check(hooks: tuple[Hook, ...] = HOOKS) -> tuple[dict[str, Callable[..., object]], list[Moved]]:
+    """The functions to wrap, by hook, and what of ``hooks`` the installed vLLM lacks or has changed."""
+    found: dict[str, Callable[..., object]] = {}
+    moved: list[Moved] = []
+    for hook in hooks:
+        try:
+            owner = reduce(getattr, hook.owner.split("."), importlib.import_module(hook.module))
+            function = inspect.getattr_static(owner, hook.function)
+            parameters = list(inspect.signature(function).parameters)[1:]
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            moved.append(Moved(hook, f"{type(error).__name__}: {error}"))
+            continue
+        if tuple(parameters[: len(hook.parameters)]) != hook.parameters:
+            moved.append(Moved(hook, f"its parameters are now {', '.join(parameters)}"))
+            continue
+        found[hook.name] = function
+    return found, moved
+
+
+def is_checked(version: str) -> bool:
+    """Whether ``version`` of vLLM is one that this table was compared with."""
+    return ".".join(version.split(".")[:2]) in CHECKED_VERSIONS

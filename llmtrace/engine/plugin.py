@@ -1,0 +1,138 @@
+"""Puts the plugin into a vLLM process: which wrapped function calls what."""
+
+from __future__ import annotations
+
+import importlib
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from functools import reduce
+from typing import Any
+
+from llmtrace.engine.collector import Collector
+from llmtrace.engine.compat import HOOKS, Moved, check, is_checked
+from llmtrace.engine.frontend import Frontend
+from llmtrace.engine.hooks import After, Before, Guard, logger, wrap
+from llmtrace.engine.switch import switch_on
+
+_COLLECTOR = "_llmtrace_collector"
+_installed: list[Plugin] = []
+_ALL_NEEDED = ("add_request", "schedule", "update_from_output", "do_tracing")
+"""Without one of these there is nothing to show; the others only take some of it away."""
+
+
+class Plugin:
+    """The bodies of the hooks. Each runs under the guard, with the wrapped function's own arguments."""
+
+    def __init__(self, guard: Guard | None = None, frontend: Frontend | None = None) -> None:
+        self.guard = guard or Guard()
+        self.frontend = frontend or Frontend(self.guard)
+        self.guard.on_off(self.frontend.clear)
+
+    def bodies(self) -> dict[str, tuple[Before | None, After | None]]:
+        """For each hook what runs before and after the function."""
+        return {
+            "add_request": (self._adding, self._added),
+            "schedule": (self._scheduling, self._scheduled),
+            "update_from_output": (self._updating, self._updated),
+            "finish_requests": (self._finishing, self._finished),
+            "do_tracing": (self._tracing, self._traced),
+            "process_outputs": (self._processing, None),
+            "create_engine_config": (None, self._configured),
+        }
+
+    def _collector(self, scheduler: Any) -> Collector:
+        collector: Collector | None = getattr(scheduler, _COLLECTOR, None)
+        if collector is None:
+            collector = Collector(scheduler)
+            setattr(scheduler, _COLLECTOR, collector)
+            # Weakly: neither the guard nor this plugin shall keep a scheduler alive.
+            clear = weakref.WeakMethod(collector.clear)
+            self.guard.on_off(lambda: method() if (method := clear()) else None)
+        return collector
+
+    def _adding(self, scheduler: Any, request: Any, *_args: Any, **_kwargs: Any) -> int | None:
+        return self._collector(scheduler).waiting_count(request)
+
+    def _added(
+        self, position: int | None, _result: Any, scheduler: Any, request: Any, *_args: Any, **_kwargs: Any
+    ) -> None:
+        self._collector(scheduler).added(request, position)
+
+    def _scheduling(self, _scheduler: Any, *_args: Any, **_kwargs: Any) -> float:
+        return time.monotonic()
+
+    def _scheduled(self, began: float, output: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
+        self._collector(scheduler).scheduled(output, began)
+
+    def _updating(
+        self, scheduler: Any, scheduler_output: Any, model_runner_output: Any, *_args: Any, **_kwargs: Any
+    ) -> None:
+        self._collector(scheduler).stepped(scheduler_output, model_runner_output)
+
+    def _updated(self, _state: None, result: dict[int, Any], scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
+        self._collector(scheduler).updated(result)
+
+    def _finishing(
+        self, _scheduler: Any, request_ids: str | Iterable[str] | None, *_args: Any, **_kwargs: Any
+    ) -> str | list[str] | None:
+        # An iterator can be read only once, and vLLM needs it: then every request is looked at.
+        if request_ids is None or isinstance(request_ids, str):
+            return request_ids
+        return list(request_ids) if isinstance(request_ids, (list, tuple, set, frozenset)) else None
+
+    def _finished(self, ids: str | list[str] | None, _result: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
+        self._collector(scheduler).ended(ids)
+
+    def _tracing(
+        self, _processor: Any, engine_core_output: Any, req_state: Any, *_args: Any, **_kwargs: Any
+    ) -> tuple[Any, Any]:
+        self.frontend.tracing(engine_core_output, req_state)
+        return engine_core_output, req_state
+
+    def _traced(self, state: tuple[Any, Any], _result: Any, *_args: Any, **_kwargs: Any) -> None:
+        self.frontend.traced(*state)
+
+    def _processing(self, processor: Any, engine_core_outputs: list[Any], *_args: Any, **_kwargs: Any) -> None:
+        self.frontend.receive(engine_core_outputs, processor.request_states)
+
+    def _configured(self, _state: None, config: Any, arguments: Any, *_args: Any, **_kwargs: Any) -> None:
+        switch_on(config, log_stats=not getattr(arguments, "disable_log_stats", False))
+
+
+def install() -> None:
+    """Wrap what this vLLM has of the table; say once what it lacks. A second call in a process does nothing."""
+    if _installed:
+        return
+    plugin = Plugin()
+    _installed.append(plugin)
+    found, moved = check()
+    report(_version(), moved)
+    if any(name not in found for name in _ALL_NEEDED):
+        return
+    _wrap_all(plugin, found)
+
+
+def _wrap_all(plugin: Plugin, found: dict[str, Callable[..., object]]) -> None:
+    bodies = plugin.bodies()
+    for hook in HOOKS:
+        if hook.name in found:
+            owner = reduce(getattr, hook.owner.split("."), importlib.import_module(hook.module))
+            wrap(owner, hook.function, plugin.guard, *bodies[hook.name])
+
+
+def report(version: str, moved: list[Moved]) -> None:
+    """One line where something is missing, or where this vLLM is not one that was checked."""
+    if moved:
+        gone = "; ".join(f"{item.entry.path} ({item.what})" for item in moved)
+        lost = sorted({getattr(item.entry, "without", "") for item in moved})
+        logger.warning("llmtrace: vLLM %s lacks %s. Missing therefore: %s", version, gone, "; ".join(lost))
+    elif not is_checked(version):
+        logger.info(
+            "llmtrace: vLLM %s is newer or older than those that llmtrace was checked with; every hook point is there",
+            version,
+        )
+
+
+def _version() -> str:
+    return str(getattr(importlib.import_module("vllm.version"), "__version__", "unknown"))
