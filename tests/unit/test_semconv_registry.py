@@ -120,6 +120,7 @@ def test_every_name_in_the_code_is_declared() -> None:
         *declared.attributes,
         *(span.name for span in declared.spans.values()),
         *(c.value for c in declared.constants),
+        *(metric.name for metric in declared.metrics.values()),
     }
     own = {i.split(".")[1] for i in declared.attributes if i.startswith("llmtrace.")}
     telemetry = re.compile(rf"(gen_ai|llm_d|llmtrace\.({'|'.join(sorted(own))}))\.[a-z0-9_.*-]*")
