@@ -30,9 +30,11 @@ import jinja2
 import uvloop
 import yaml
 
+from llmtrace.stack import cache_home
+
 ROOT = Path(__file__).parents[1]
 TEMPLATE = ROOT / "playbooks/roles/envoy/templates/envoy.yaml.j2"
-ENVOY = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmtrace-kit/envoy/1.40.0/envoy/_bin/envoy"
+ENVOY = cache_home() / "envoy/1.40.0/envoy/_bin/envoy"
 API = "type.googleapis.com/envoy.extensions"
 BACKENDS = 3
 PROMPT_BYTES = 4096

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +14,7 @@ from rich.table import Table
 from llmtrace.deploy import doctor as checks
 from llmtrace.deploy import health, playbook
 from llmtrace.errors import UserError
-from llmtrace.stack import Stack, state_home
+from llmtrace.stack import Stack, cache_home, state_home
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -92,10 +90,9 @@ def _table(states: list[health.Status]) -> Table:
 
 def doctor(as_json: Json = False) -> None:
     """Check that the local stack can run here; exit code 2 where a check fails."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmtrace-kit"
     state = state_home()
     try:
-        requirements = checks.requirements_of(playbook.default_variables(), cache, state, state / "run")
+        requirements = checks.requirements_of(playbook.default_variables(), cache_home(), state, state / "run")
     except (KeyError, ValueError) as error:
         raise UserError(f"The default inventory is not usable: {error}") from None
     outcome = checks.check(checks.gather(requirements), requirements)

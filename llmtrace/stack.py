@@ -15,6 +15,11 @@ def state_home() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "llmtrace-kit/local"
 
 
+def cache_home() -> Path:
+    """Folder of the kit's downloads and builds (XDG_CACHE_HOME, by default ~/.cache)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmtrace-kit"
+
+
 def default_path() -> Path:
     """Path of the state file: the variable LLMTRACE_STACK, else stack.json in the state folder."""
     return Path(os.environ.get("LLMTRACE_STACK") or state_home() / "stack.json")

@@ -13,6 +13,7 @@ from typing import IO, Any
 import yaml
 
 from llmtrace.errors import UserError
+from llmtrace.stack import cache_home
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -55,7 +56,7 @@ def run(playbook: str, arguments: Sequence[str] = ()) -> int:
 
 def _lock() -> IO[bytes]:
     """Hold the cache for this process: two installs at once would remove each other's half-finished folders."""
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmtrace-kit/.lock"
+    path = cache_home() / ".lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = path.open("ab")

@@ -79,11 +79,7 @@ class Scraper:
             for task in self._running.values():
                 task.cancel()
             await asyncio.gather(*self._running.values(), return_exceptions=True)
-            await self.close()
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._client.aclose()
+            await self._client.aclose()
 
     async def once(self, endpoints: Iterable[Endpoint]) -> None:
         """Scrape every endpoint once, side by side."""
