@@ -100,9 +100,23 @@ def test_a_scenario_that_the_registry_does_not_know() -> None:
     assert expectation(registry(), NAME) == EXPECTATION
 
 
+def constants_used(path: Path) -> Iterator[str]:
+    """The constants that a module takes from the generated one, whatever it calls that."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    aliases = {
+        alias.asname or alias.name
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.module == "llmtrace.semconv"
+        for alias in node.names
+        if alias.name == "attributes"
+    }
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
+            yield node.attr
+
+
 def test_every_constant_is_used() -> None:
-    text = "\n".join(path.read_text() for path in (*CODE, *OTHERS))
-    used = set(re.findall(r"\ba\.([A-Z][A-Z0-9_]*)\b", text))
+    used = {name for path in (*CODE, *OTHERS) for name in constants_used(path) if name.isupper()}
     unused = {c.name for c in registry().constants} - used
     assert not unused, f"no code uses {unused}; take the constant out of the registry"
     assert used <= set(vars(a)), used - set(vars(a))
@@ -282,6 +296,48 @@ def test_what_is_no_registry_at_all(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("groups: [")
     with pytest.raises(UserError, match="not readable as YAML"):
         load(tmp_path)
+
+
+def test_what_can_have_a_constant(tmp_path: Path) -> None:
+    def named(constant: str) -> dict[str, Any]:
+        return {"llmtrace": {"constant": constant}}
+
+    def name_all(d: dict[str, Any]) -> None:
+        member = {"id": "one", "value": "1st", "stability": "stable", "annotations": named("FIRST")}
+        d["groups"][0]["attributes"].append(
+            {"id": "x.kind", "type": {"members": [member]}, "brief": "A kind", "stability": "stable"}
+        )
+        told = {"brief": "B", "stability": "stable"}
+        d["groups"] += [
+            {"id": "event.x", "type": "event", "name": "x.event", "annotations": named("EVENT"), **told},
+            {"id": "metric.x", "type": "metric", "metric_name": "x.metric", "instrument": "counter", "unit": "1"}
+            | {"annotations": named("METRIC"), **told},
+        ]
+        attribute(d)["annotations"] = named("NAME")
+        span_notes(d).update(name="x *", constant="SPAN")
+        group = d["groups"][0]["annotations"]["llmtrace"]
+        group["emitter"]["constant"] = "SERVICE"
+        group["constants"] = [{"name": "HEADER", "value": "x-header", "brief": "A header"}]
+
+    declared = load(write(tmp_path, changed(name_all)))
+    assert [(c.name, c.value, c.brief) for c in declared.constants] == [
+        ("SERVICE", "x", "X"),
+        ("NAME", "x.name", "A name"),
+        ("FIRST", "1st", "A value of x.kind"),
+        ("HEADER", "x-header", "A header"),
+        ("SPAN", "x ", "A span"),
+        ("EVENT", "x.event", "B"),
+        ("METRIC", "x.metric", "B"),
+    ]
+
+
+def test_a_number_has_no_constant(tmp_path: Path) -> None:
+    def number(d: dict[str, Any]) -> None:
+        member = {"id": "one", "value": 1, "stability": "stable", "annotations": {"llmtrace": {"constant": "ONE"}}}
+        attribute(d).update(type={"members": [member]})
+
+    with pytest.raises(UserError, match=r"x\.yaml: group registry\.x: the value 1 of x\.name is no text"):
+        load(write(tmp_path, changed(number)))
 
 
 def test_two_constants_of_one_name(tmp_path: Path) -> None:

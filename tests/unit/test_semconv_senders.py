@@ -8,11 +8,19 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanContext, TraceFlags
 from picking import Picker, chat, endpoint, request_body, request_headers, response_body, response_headers
+from test_engine_spans import any_facts
 from test_scenario_driver import FakeServer, driver, exporter, server  # noqa: F401 - fixtures
 
+from llmtrace.engine.facts import Facts
+from llmtrace.engine.spans import write_aborted
 from llmtrace.errors import UserError
 from llmtrace.scenarios.driver import Driver
 from llmtrace.scenarios.workload import Workload
@@ -72,6 +80,28 @@ async def test_the_driver(
         assert fail
     sent = otlp.spans(encode_spans(exporter.get_finished_spans()).resource_spans)
     assert findings(sent, a.CLIENT_SERVICE) == []
+
+
+@given(any_facts(), st.booleans())
+def test_the_vllm_plugin(facts: Facts, special: bool) -> None:
+    """The spans of a request, under the llm_request that the plugin makes itself for one that is aborted."""
+    if special:
+        facts = replace(
+            facts,
+            lora="sql-adapter",
+            structured_output=True,
+            remote_engine_id="prefiller",
+            draft_tokens=4,
+            accepted_tokens=1,
+        )
+    kept = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(kept))
+    caller = SpanContext(1, 2, is_remote=True, trace_flags=TraceFlags(TraceFlags.SAMPLED))
+    write_aborted(provider.get_tracer(a.ENGINE_SCOPE), caller, facts, "cmpl-1")
+    sent = list(otlp.spans(encode_spans(kept.get_finished_spans()).resource_spans))
+    assert {span.name for span in sent} >= {a.SERVER_SPAN, a.QUEUE_SPAN}
+    assert findings(sent, a.SERVER_SERVICE) == []
 
 
 def test_llm_ds_own_picker() -> None:
