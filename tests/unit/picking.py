@@ -83,26 +83,18 @@ DISAGGREGATED: dict[str, Any] = {
 """llm-d's example of prefill/decode disaggregation, with the threshold of the recorded traces."""
 
 
-def endpoint(number: int, *, ready: bool = True, labels: dict[str, str] | None = None, **load: Any) -> Endpoint:
-    made = Endpoint(
-        f"vllm-{number}",
-        "default",
-        f"10.0.0.{number + 1}",
-        "8000",
-        labels or {},
-        load=Load(waiting_known="waiting" in load, **load),
-    )
+def endpoint(number: int, *, ready: bool = True, name: str = "vllm", net: int = 0, **load: Any) -> Endpoint:
+    known = Load(waiting_known="waiting" in load, **load)
+    made = Endpoint(f"{name}-{number}", "default", f"10.{net}.0.{number + 1}", "8000", load=known)
     made.answered_at = time.monotonic() if ready else None
     return made
 
 
 def server(role: str, number: int = 0, **load: Any) -> Endpoint:
     """A model server of this role: default/prefill-0 at 10.1.0.1, default/decode-0 at 10.2.0.1, others at 10.3.0.1."""
-    made = endpoint(0, labels={"llm-d.ai/role": role}, **load)
-    net = {"prefill": 1, "decode": 2}.get(role, 3)
-    known = Endpoint(f"{role}-{number}", "default", f"10.{net}.0.{number + 1}", "8000", made.labels, made.load)
-    known.answered_at = made.answered_at
-    return known
+    made = endpoint(number, name=role, net={"prefill": 1, "decode": 2}.get(role, 3), **load)
+    made.labels = {"llm-d.ai/role": role}
+    return made
 
 
 @dataclass
