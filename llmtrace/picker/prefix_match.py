@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llmtrace.picker.plugin import Parameters
@@ -17,13 +17,15 @@ class PrefixMatch:
     """Cached blocks by endpoint id, out of ``total_blocks`` of ``block_size_tokens`` tokens each.
 
     An endpoint that ``blocks`` leaves out has none. ``prompt_tokens`` is the prompt's length as the producer knows
-    it; the last block of each prompt may be shorter. llm-d calls it PrefixCacheMatchInfo.
+    it; the last block of each prompt may be shorter. ``hashes`` of the blocks of each prompt are the producer's own,
+    kept until it is known where the request goes. llm-d calls all of it PrefixCacheMatchInfo.
     """
 
     blocks: Mapping[str, int]
     total_blocks: int
     block_size_tokens: int
     prompt_tokens: int
+    hashes: Sequence[Sequence[int]] = ()
 
     def tokens(self, endpoint: str) -> int:
         """Prompt tokens that the endpoint should have cached."""

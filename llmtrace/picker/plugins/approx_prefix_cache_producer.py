@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 from pydantic import Field, model_validator
@@ -21,13 +20,6 @@ DEFAULT_BLOCK_SIZE_TOKENS = 16
 DEFAULT_LRU_CAPACITY = 31250
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _HashedMatch(PrefixMatch):
-    """A match with the hashes of each prompt's blocks, kept until it is known where the request goes."""
-
-    hashes: Sequence[Sequence[int]]
 
 
 class ApproxPrefixCacheParameters(Parameters):
@@ -87,11 +79,11 @@ class ApproxPrefixCacheProducer(Producer[ApproxPrefixCacheParameters]):
             for endpoint, matched in self._index.match(prompt).items():
                 blocks[endpoint] = blocks.get(endpoint, 0) + matched
         total = sum(map(len, hashes))
-        request.data[self.name] = _HashedMatch(blocks, total, size, request.prompt_tokens, hashes)
+        request.data[self.name] = PrefixMatch(blocks, total, size, request.prompt_tokens, hashes)
 
     def scheduled(self, request: InferenceRequest, result: SchedulingResult) -> None:
         """From now on the prompt counts as cached by the endpoint of the request, and by that of its prefill."""
-        match: _HashedMatch = request.data[self.name]
+        match: PrefixMatch = request.data[self.name]
         if match.total_blocks:
             self._hit_ratio.observe(match.blocks.get(result.endpoints[0].id, 0) / match.total_blocks)
         for endpoint in result.holders:
