@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,8 @@ from llmtrace.semconv import attributes as a
 
 BYTES_PER_TOKEN = 4
 """Where no tokenizer is at hand, llm-d takes four bytes of text for a token."""
+
+_MODALITIES = {"image_url": "image", "video_url": "video", "input_audio": "audio", "audio_url": "audio"}
 
 Body = dict[str, Any]
 
@@ -54,19 +56,26 @@ def no_result(message: str) -> RequestError:
 class InferenceRequest:
     """A parsed request.
 
-    ``prompts`` holds the input of each prompt as bytes, four bytes a (pseudo-)token, zero-padded. ``data`` is what
-    producers found out, by producer name. ``model`` is empty where the path is none of the known APIs.
+    ``prompts`` holds the input of each prompt as bytes, four bytes a (pseudo-)token, zero-padded; ``modalities`` the
+    kind of each image, video or sound in them, in their order. ``data`` is what plugins found out about the request,
+    by plugin name. ``model`` is empty where the path is none of the known APIs.
     """
 
     id: str
     model: str = ""
     prompts: tuple[bytes, ...] = ()
+    modalities: tuple[str, ...] = ()
     cache_salt: str = ""
     stream: bool = False
     size_bytes: int = 0
     fairness_id: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts together, as the picker estimates them."""
+        return sum(map(len, self.prompts)) // BYTES_PER_TOKEN
 
 
 def parse(request_id: str, headers: Mapping[str, str], raw: bytes) -> InferenceRequest:
@@ -88,6 +97,7 @@ def parse(request_id: str, headers: Mapping[str, str], raw: bytes) -> InferenceR
         raise bad_request("error unmarshaling request bodyMap: the body is no JSON object")
     try:
         request.prompts = tuple(prompts_of(body))
+        request.modalities = tuple(_modalities(body)) if prompts_of is _chat else ()
     except RecursionError:
         raise bad_request("error unmarshaling request bodyMap: the body is nested too deeply") from None
     model = body.get("model")
@@ -143,6 +153,14 @@ def _block(block: Any) -> str:
     if isinstance(block, dict) and isinstance(text := block.get("text"), str):
         return text
     return json.dumps(block, separators=(",", ":"))
+
+
+def _modalities(body: Body) -> Iterator[str]:
+    for message in body["messages"]:
+        content = message.get("content")
+        for block in content if isinstance(content, list) else ():
+            if isinstance(block, dict) and isinstance(kind := block.get("type"), str) and kind in _MODALITIES:
+                yield _MODALITIES[kind]
 
 
 def _inputs(value: Any, error: str) -> list[bytes]:

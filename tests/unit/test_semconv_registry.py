@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from picking import Picker
 from prometheus_client import Metric
 
 from llmtrace.errors import UserError
+from llmtrace.picker.disaggregation import Decision, Reason
 from llmtrace.scenarios.prefix_cache import EXPECTATION, NAME
 from llmtrace.scenarios.required import expectation
 from llmtrace.semconv import attributes as a
@@ -152,6 +153,11 @@ def test_the_constants_need_nothing_but_python() -> None:
     assert len(imports) == 1
 
 
+@pytest.mark.parametrize(("attribute", "values"), [(a.PD_DECISION, Decision), (a.PD_REASON, Reason)])
+def test_what_the_picker_says_of_a_split_is_declared(attribute: str, values: Iterable[str]) -> None:
+    assert set(registry().attributes[attribute].members) == {str(value) for value in values}
+
+
 TYPES = {"counter": "counter", "histogram": "histogram", "gauge": "gauge", "updowncounter": "gauge"}
 
 
@@ -165,6 +171,7 @@ def test_the_pickers_metrics_are_declared_with_their_labels(tmp_path: Path) -> N
     metrics = picker.handle.metrics
     metrics.series("smol", "tenant").error("ServiceUnavailable")
     metrics.attempt(True, "smol", "vllm-0", "default", "8000")
+    metrics.disaggregated("disagg", "disagg-profile-handler", "smol", "decode-only")
     metrics.plugin.labels("Scorer", "queue-scorer", "queue-scorer").observe(0.001)
     for family in (metrics.prefix_size, metrics.prefix_hit_ratio):
         family.labels("prefix", "approx-prefix-cache-producer")
