@@ -177,7 +177,19 @@ class _Loader:
         spans = {d.id: self._related(d, spans) for d in spans.values()}
         metrics = {g.id: self._metric(file, g) for file, g in self._typed("metric")}
         emitters = tuple(self.emitters.values())
+        self._check()
         return Registry(self.attributes, spans, self.events, metrics, emitters, constants(self.groups))
+
+    def _check(self) -> None:
+        """What only Weaver would look at otherwise: groups that no signal uses, and names that are there twice."""
+        named: dict[tuple[str, str], str] = {}
+        for file, group in self.groups:
+            self._attributes(file, group)
+            name = group.metric_name if group.type == "metric" else group.name
+            if group.type in ("metric", "event", "entity") and name:
+                if (group.type, name) in named:
+                    raise fault(file, group.id, f"the {group.type} {name} is already {named[group.type, name]}")
+                named[group.type, name] = group.id
 
     def _typed(self, type_: str) -> Iterator[tuple[str, Group]]:
         return ((file, g) for file, g in self.groups if g.type == type_)

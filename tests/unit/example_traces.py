@@ -111,7 +111,7 @@ def request_trace(
         {}
         if upstream
         else {
-            "llmtrace.endpoint": f"127.0.0.1:1810{SERVERS.index(endpoint)}",
+            "llmtrace.endpoint.address": f"127.0.0.1:1810{SERVERS.index(endpoint)}",
             "llmtrace.endpoint.name": f"default/{endpoint}",
             "llmtrace.gateway.ttft_ms": ttft_ms - 3,
             **usage,
