@@ -39,13 +39,13 @@ def free_port() -> int:
     return free_ports(1)[0]
 
 
-def until(condition: Callable[[], Any], what: str, timeout_s: float = WAIT_S) -> None:
+def until(condition: Callable[[], Any], what: str, timeout_s: float = WAIT_S, *, poll_s: float = POLL_S) -> None:
     """Wait for ``condition``; the test fails, naming ``what``, if it does not come."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
             pytest.fail(f"waited {timeout_s} s for {what}")
-        time.sleep(POLL_S)
+        time.sleep(poll_s)
 
 
 def sample_sum(page: str, name: str, /, **labels: str) -> float:
@@ -79,6 +79,10 @@ class Receiver(TraceServiceServicer):
                 self._spans.setdefault(span.trace_id, []).append(span)
             self._changed.notify_all()
         return ExportTraceServiceResponse()
+
+    def trace_ids(self) -> list[str]:
+        with self._changed:
+            return list(self._spans)
 
     def of(self, trace_id: str) -> list[Span]:
         with self._changed:
