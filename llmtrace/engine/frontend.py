@@ -32,7 +32,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from llmtrace import __version__
 from llmtrace.engine.drops import publish
-from llmtrace.engine.facts import DEPARTED_HEADER, FACTS_HEADER, Facts, from_wire, is_sampled
+from llmtrace.engine.facts import ABORTED, DEPARTED_HEADER, FACTS_HEADER, Facts, from_wire, is_sampled
 from llmtrace.engine.hooks import Guard, logger
 from llmtrace.engine.spans import Attributes, Window, phases, write, write_aborted
 from llmtrace.semconv import attributes as names
@@ -43,7 +43,6 @@ PENDING_SIZE = 1024
 """Requests whose ``llm_request`` is there and whose facts are not."""
 FLUSH_S = 2.0
 _STOP_STRING = "stop"
-_ABORT = "abort"
 
 # vLLM appends 8 hexadecimal digits to the client's id, and prefixes the index of each of n.
 _INTERNAL_ID = re.compile(r"^(?:\d+_)?(?P<external>.+?)(?:-[0-9a-f]{8})?$")
@@ -134,7 +133,7 @@ class Frontend:
         if span is None:
             return
         request_id = str(getattr(state, "external_req_id", "") or external_id(output.request_id))
-        window = Window(span.start_time or 0, time.time_ns())
+        window = Window(span.start_time or 0, span.end_time or time.time_ns())
         parent = Parent(span.get_span_context(), window, request_id)
         headers = output.trace_headers
         if FACTS_HEADER in headers:
@@ -164,7 +163,7 @@ class Frontend:
             outputs[:] = [item for item in outputs if DEPARTED_HEADER not in (item.trace_headers or ())]
         for item in orphans:
             parent = self._pending.pop(item.request_id, None)
-            reason = _ABORT if parent is None else _STOP_STRING
+            reason = ABORTED if parent is None else _STOP_STRING
             self._submit(_Job(item.trace_headers, item.request_id, parent, reason))
 
     def flush(self, timeout_s: float = FLUSH_S) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+pytest.register_assert_rewrite("engine_trees", "engine_workload")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Conformance comes last: it looks at everything that the other tests left in the store."""
