@@ -6,8 +6,7 @@ name, never ignored.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 from pydantic_core import ErrorDetails
 
-from llmtrace.errors import UserError
+from llmtrace.errors import UserError, nearest
 from llmtrace.picker import plugins
 from llmtrace.picker.plugin import (
     REGISTRY,
@@ -260,15 +259,6 @@ class _Builder:
                 else:
                     where = f"plugin {weighted.scorer.name!r}: prefixMatchInfoProducerName"
                     self._find(name, Producer, where, "a producer")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: the nearest known one, or all of them."""
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    if close:
-        return f"; the nearest known one is {close[0]!r}"
-    return f"; known: {', '.join(names)}" if names else "; none is known here"
 
 
 def _sentence(error: ValidationError, model: type[BaseModel], noun: str = "field") -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llmtrace.picker.endpoints import Endpoint, Pool
     from llmtrace.picker.metrics import Metrics
     from llmtrace.picker.request import InferenceRequest
-    from llmtrace.picker.spans import Attributes
+    from llmtrace.spans import Attributes
 
 
 class Parameters(BaseModel):

@@ -17,7 +17,7 @@ from llmtrace.picker.exchange import Exchange, Services
 from llmtrace.picker.ext_proc import ProcessingRequest
 from llmtrace.picker.metrics import Metrics
 from llmtrace.picker.scheduler import Scheduler
-from llmtrace.picker.spans import Tracer, otlp_request
+from llmtrace.spans import Tracer, otlp_request
 from llmtrace.traces import otlp
 from llmtrace.traces.model import Span
 

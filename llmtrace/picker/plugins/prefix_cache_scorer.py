@@ -11,8 +11,8 @@ from llmtrace.picker.endpoints import Endpoint
 from llmtrace.picker.plugin import REGISTRY, Parameters, Scorer
 from llmtrace.picker.plugins.approx_prefix_cache_producer import ApproxPrefixCacheProducer, PrefixMatch
 from llmtrace.picker.request import InferenceRequest
-from llmtrace.picker.spans import Attributes
 from llmtrace.semconv import attributes as a
+from llmtrace.spans import Attributes
 
 
 class PrefixCacheScorerParameters(Parameters):

@@ -11,7 +11,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 from picking import Memory
 
-from llmtrace.picker.spans import FastSpanExporter, Span, Tracer, otlp_request
+from llmtrace.spans import FastSpanExporter, Span, Tracer, otlp_request
 from llmtrace.traces import otlp
 
 REMOTE = SpanContext(1 << 100, 7, True, TraceFlags(1), TraceState([("vendor", "x")]))
