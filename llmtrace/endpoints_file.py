@@ -5,7 +5,6 @@ Source: llm-d-router, the plugin file-discovery of pkg/epp.
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 import logging
 from collections.abc import Callable
@@ -14,12 +13,11 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from watchfiles import awatch
 
 from llmtrace.errors import UserError
+from llmtrace.watch import watch
 
 MAX_FILE_BYTES = 1 << 20
-RELOAD_MS = 1000
 
 _log = logging.getLogger(__name__)
 
@@ -89,16 +87,12 @@ def parse(raw: bytes, path: Path) -> list[EndpointEntry]:
 
 
 class EndpointsFile:
-    """A file that is given to ``use`` as a whole, at first and after each change.
-
-    A change that cannot be read is logged, and what was read before stays.
-    """
+    """A file that is given to ``use`` as a whole, at first and after each change."""
 
     def __init__(self, path: Path, use: Callable[[list[EndpointEntry]], None]) -> None:
         self._path = path
         self._use = use
         self._raw: bytes | None = None
-        self._complaint = ""
 
     def load(self) -> None:
         """Read the file, if it changed since the last time; raises UserError where that cannot be."""
@@ -111,32 +105,5 @@ class EndpointsFile:
         self._use(entries)
 
     async def watch(self) -> None:
-        """Reread on every change, and look every second: what changed before the watch began is no event.
-
-        The folder is watched: the file may be replaced, or be a link that moves.
-        """
-        while True:
-            try:
-                async for _ in awatch(
-                    self._path.parent,
-                    debounce=100,
-                    step=50,
-                    recursive=False,
-                    rust_timeout=RELOAD_MS,
-                    yield_on_timeout=True,
-                ):
-                    self._reload()
-            except OSError as error:
-                folder = self._path.parent
-                _log.error("the folder %s cannot be watched (%s); trying again", folder, error.strerror or error)
-                await asyncio.sleep(RELOAD_MS / 1000)
-
-    def _reload(self) -> None:
-        try:
-            self.load()
-        except UserError as error:
-            if str(error) != self._complaint:
-                _log.error("%s; the endpoints stay as they were", error)
-            self._complaint = str(error)
-        else:
-            self._complaint = ""
+        """Take up changes; what cannot be read is logged, and what was read before stays."""
+        await watch(self._path.parent, self.load, "the endpoints stay as they were")
