@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from llmtrace.semconv import attributes as a
 from llmtrace.sidecar.body import UsageRewriter, dump
-from llmtrace.sidecar.spans import CANCELLED, RequestError, fail, server_attributes
+from llmtrace.sidecar.spans import CANCELLED, FAULT, RequestError, fail, server_attributes
 from llmtrace.sidecar.upstream import Caller, CallError, Headers, Request, Response, Server
 from llmtrace.spans import Span
 
@@ -81,10 +81,10 @@ class Exchange:
             fail(span, CANCELLED, "the sidecar stopped")
             raise
         except Exception as fault:
-            _log.exception("%s: a fault of the sidecar", self.scope["path"])
-            fail(span, type(fault).__name__, "a fault of the sidecar")
+            _log.exception("%s: %s", self.scope["path"], FAULT)
+            fail(span, type(fault).__name__, FAULT)
             if not self.status:
-                await self.answer(error(500, "InternalServerError", "a fault of the sidecar"))
+                await self.answer(error(500, "InternalServerError", FAULT))
         finally:
             self._finish(span)
 
@@ -200,6 +200,6 @@ class Exchange:
             span.attributes[a.HTTP_STATUS] = self.status
             if self._sent_bytes:
                 span.attributes[a.HTTP_RESPONSE_SIZE] = self._sent_bytes
-            if self.status >= 500:
+            if self.status >= 500 and a.ERROR_TYPE not in span.attributes:
                 fail(span, str(self.status), "")
         span.end()

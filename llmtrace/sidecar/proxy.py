@@ -89,24 +89,24 @@ class Proxy:
             candidates = _candidates(exchange)
             target = self._services.choose(candidates).strip()
             span.attributes = {
-                a.PD_CONNECTOR: CONNECTOR,
-                a.PD_KV_CONNECTOR: CONNECTOR,
-                a.PD_EC_CONNECTOR: "",
-                a.PD_REQUEST_PATH: exchange.scope["path"],
-                a.PD_API: api.name,
+                a.PROXY_CONNECTOR: CONNECTOR,
+                a.PROXY_KV_CONNECTOR: CONNECTOR,
+                a.PROXY_EC_CONNECTOR: "",
+                a.PROXY_REQUEST_PATH: exchange.scope["path"],
+                a.PROXY_API: api.name,
                 a.PD_SPLIT: bool(target),
             }
             request = _request(exchange, ROUTING_HEADERS)
             caller = self._services.caller
             if target:
-                span.attributes |= {a.PD_PREFILL_TARGET: target, a.PD_PREFILL_CANDIDATES: len(candidates)}
+                span.attributes |= {a.PROXY_PREFILL_TARGET: target, a.PROXY_PREFILL_CANDIDATES: len(candidates)}
                 prefill = self._prefill_server(target, span)
                 content = _parsed(body)
                 decode, data_parallel = self._decode_server(exchange)
                 split = Split(caller, self._services.retries, exchange, request, span, started)
                 await split.run(content, api, prefill, target, decode, data_parallel=data_parallel)
             else:
-                span.attributes[a.PD_REASON] = "no_prefill_header"
+                span.attributes[a.PROXY_REASON] = "no_prefill_header"
                 decode, _ = self._decode_server(exchange)
                 await exchange.pass_on(caller, decode, request, body, span)
             if exchange.status >= 500:
@@ -121,7 +121,7 @@ class Proxy:
         allowed = self._services.allowed()
         if allowed is not None and found not in allowed:
             _log.warning("the prefill server %s is not in the endpoints file", found)
-            span.attributes |= {a.PD_ERROR: "ssrf_protection_denied", a.PD_DENIED_TARGET: target}
+            span.attributes |= {a.PROXY_ERROR: "ssrf_protection_denied", a.PROXY_DENIED_TARGET: target}
             fail(span, "403", DENIED)
             text = b"Forbidden: prefill target not allowed by SSRF protection\n"
             raise RefusedError(Answer(403, [(b"content-type", b"text/plain; charset=utf-8")], text))

@@ -14,6 +14,7 @@ from llmtrace.semconv import attributes as a
 from llmtrace.spans import Attributes, Span
 
 CANCELLED = "Cancelled"
+FAULT = "a fault of the sidecar"
 _METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"})
 _PORTS = {"http": 80, "https": 443}
 
@@ -73,7 +74,7 @@ class RequestError(Exception):
 
 
 @contextmanager
-def failing(span: Span, least: int = 400) -> Iterator[Span]:
+def failing(span: Span, least: int = 300) -> Iterator[Span]:
     """End the span with the block, with an error where that fails, with a status from ``least`` on, or is cancelled."""
     try:
         yield span
@@ -83,6 +84,9 @@ def failing(span: Span, least: int = 400) -> Iterator[Span]:
     except RequestError as failure:
         if not failure.error_type.isdecimal() or int(failure.error_type) >= least:
             fail(span, failure.error_type, str(failure))
+        raise
+    except Exception as fault:
+        fail(span, type(fault).__name__, FAULT)
         raise
     finally:
         span.end()

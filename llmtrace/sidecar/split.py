@@ -70,35 +70,35 @@ class Split:
         started = perf_counter()
         with failing(self._above.child(a.PD_PREFILL_SPAN)) as span:
             span.attributes = {
-                a.PD_REQUEST_ID: self._id,
-                a.PD_PREFILL_TARGET: target,
-                a.PD_CONNECTOR: CONNECTOR,
+                a.PROXY_REQUEST_ID: self._id,
+                a.PROXY_PREFILL_TARGET: target,
+                a.PROXY_CONNECTOR: CONNECTOR,
             }
             try:
                 answer = await self._prefill(prefill, body, api, span)
             finally:
                 prefill_s = perf_counter() - started
-                span.attributes[a.PD_PREFILL_DURATION] = prefill_s * 1e3
+                span.attributes[a.PROXY_PREFILL_DURATION] = prefill_s * 1e3
         decode_started = perf_counter()
         with failing(self._above.child(a.PD_DECODE_SPAN)) as span:
             span.attributes = {
-                a.PD_REQUEST_ID: self._id,
-                a.PD_CONNECTOR: CONNECTOR,
-                a.PD_DECODE_STREAMING: body.get("stream") is True,
-                a.PD_DECODE_DATA_PARALLEL: data_parallel,
-                a.PD_TRUE_TTFT: (decode_started - self._started) * 1e3,
-                a.PD_SUM_PREFILL: prefill_s * 1e3,
-                a.PD_OVERHEAD: (decode_started - started - prefill_s) * 1e3,
+                a.PROXY_REQUEST_ID: self._id,
+                a.PROXY_CONNECTOR: CONNECTOR,
+                a.PROXY_DECODE_STREAMING: body.get("stream") is True,
+                a.PROXY_DECODE_DATA_PARALLEL: data_parallel,
+                a.PROXY_TRUE_TTFT: (decode_started - self._started) * 1e3,
+                a.PROXY_SUM_PREFILL: prefill_s * 1e3,
+                a.PROXY_OVERHEAD: (decode_started - started - prefill_s) * 1e3,
             }
             if not data_parallel:
-                span.attributes[a.PD_DECODE_TARGET] = decode.address
+                span.attributes[a.PROXY_DECODE_TARGET] = decode.address
             try:
                 await self._decode(decode, body, answer, span)
             finally:
                 ended = perf_counter()
-                span.attributes[a.PD_DECODE_DURATION] = (ended - decode_started) * 1e3
-                span.attributes[a.PD_SUM_DECODE] = (ended - decode_started) * 1e3
-                span.attributes[a.PD_TOTAL_DURATION] = (ended - self._started) * 1e3
+                span.attributes[a.PROXY_DECODE_DURATION] = (ended - decode_started) * 1e3
+                span.attributes[a.PROXY_SUM_DECODE] = (ended - decode_started) * 1e3
+                span.attributes[a.PROXY_TOTAL_DURATION] = (ended - self._started) * 1e3
 
     async def _prefill(self, server: Server, body: Body, api: Api, span: Span) -> Body:
         """What the prefill server answered."""
@@ -113,7 +113,7 @@ class Split:
             _log.info("request %s: prefill repeated (%d) after status %d", self._id, attempt + 1, answer.status)
             await asyncio.sleep(self._retries.backoff_s)
             answer = await self._ask(server, leg, span)
-        span.attributes[a.PD_PREFILL_STATUS] = answer.status
+        span.attributes[a.PROXY_PREFILL_STATUS] = answer.status
         if not 200 <= answer.status < 300:
             _log.warning("request %s: the prefill server %s answered %d", self._id, server.address, answer.status)
             raise RefusedError(answer, "prefill request failed")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -12,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from loopback import WAIT_S, free_port
 from memory import Memory
 from opentelemetry.sdk.trace import TracerProvider
 
 from llmtrace.sidecar.config import Config
 from llmtrace.sidecar.server import SidecarServer
+from llmtrace.sidecar.tls import write_self_signed
 from llmtrace.telemetry import Tracing
 from llmtrace.traces.model import Span
 
@@ -32,7 +33,6 @@ PARAMS = {
     "remote_host": "ahost",
     "remote_port": 4032,
 }
-WAIT_S = 10.0
 
 
 @dataclass
@@ -103,8 +103,8 @@ class Server:
         """Set when the other end closed a connection while its answer was not complete."""
         self._connections: set[asyncio.Task[None]] = set()
 
-    async def start(self, host: str = "127.0.0.1", **options: Any) -> None:
-        self._server = await asyncio.start_server(self._serve, host, 0, **options)
+    async def start(self, port: int = 0, **options: Any) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", port, **options)
         self.port: int = self._server.sockets[0].getsockname()[1]
 
     @property
@@ -136,6 +136,7 @@ class Server:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             gone.cancel()
+            await asyncio.wait({gone})
             await working
         else:
             self.left.set()
@@ -156,13 +157,6 @@ async def serving(*answers: Answer, **options: Any) -> AsyncIterator[Server]:
         yield server
     finally:
         await server.stop()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @dataclass
@@ -200,19 +194,18 @@ async def sidecar(
     decode: Server | int, *, scheme: str = "http", verify: Any = True, **config: Any
 ) -> AsyncIterator[Sidecar]:
     """A sidecar in front of a decode server; ``config`` as in Config, TLS off unless it says otherwise."""
-    port = free_port()
     model_server_port = decode if isinstance(decode, int) else decode.port
-    settings = Config(**{"port": port, "model_server_port": model_server_port, "secure_proxy": False} | config)
+    settings = Config(**{"port": free_port(), "model_server_port": model_server_port, "secure_proxy": False} | config)
     memory = Memory()
     stop = asyncio.Event()
     server = SidecarServer(settings, Tracing(TracerProvider(), memory))
     task = asyncio.create_task(server.run(stop))
     async with httpx.AsyncClient(
-        base_url=f"{scheme}://127.0.0.1:{port}", trust_env=False, timeout=WAIT_S, verify=verify
+        base_url=f"{scheme}://127.0.0.1:{settings.port}", trust_env=False, timeout=WAIT_S, verify=verify
     ) as client:
         try:
-            await _listening(port, task)
-            yield Sidecar(port, memory, client)
+            await _listening(settings.port, task)
+            yield Sidecar(settings.port, memory, client)
         finally:
             await client.aclose()
             stop.set()
@@ -233,8 +226,6 @@ async def _listening(port: int, task: asyncio.Task[None]) -> None:
 
 def certificates(folder: Path) -> Path:
     """A folder with tls.crt and tls.key of localhost."""
-    from llmtrace.sidecar.tls import write_self_signed
-
     folder.mkdir(exist_ok=True)
     write_self_signed(folder)
     return folder
