@@ -180,13 +180,21 @@ class Sidecar:
 
     async def spans(self, number: int) -> list[Span]:
         """All spans, once there are ``number``: a request's are ready a moment after its response."""
-        for _ in range(int(WAIT_S / 0.01)):
-            if len(self.memory.ended) >= number:
-                break
-            await asyncio.sleep(0.01)
+        await self._until(lambda: len(self.memory.ended) >= number)
         found = self.memory.spans()
         assert len(found) == number, [span.name for span in found]
         return found
+
+    async def spans_up_to(self, name: str) -> list[Span]:
+        """All spans, once there is one of this name."""
+        await self._until(lambda: any(span.name == name for span in self.memory.ended))
+        return self.memory.spans()
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        for _ in range(int(WAIT_S / 0.01)):
+            if condition():
+                break
+            await asyncio.sleep(0.01)
 
 
 @asynccontextmanager
