@@ -69,24 +69,38 @@ class Exchange:
         if span.recording:
             span.attributes = server_attributes(self.scope, self.headers)
         try:
-            try:
-                await self._until_gone(span, work)
-            except RefusedError as refusal:
-                await self.answer(refusal.answer)
-            except CallError as broken:
-                # The client must see a response that breaks off, not one that is complete.
-                _log.warning("%s: the response broke off: %s", self.scope["path"], broken)
-                fail(span, broken.error_type, str(broken))
+            await self._run(span, work)
         except asyncio.CancelledError:
-            fail(span, CANCELLED, "the sidecar stopped")
-            raise
+            task = asyncio.current_task()
+            if task is None or not self._gone:
+                fail(span, CANCELLED, "the sidecar stopped")
+                raise
+            task.uncancel()
+            fail(span, "ClientDisconnect", "the client went away")
         except Exception as fault:
-            _log.exception("%s: %s", self.scope["path"], FAULT)
+            _log.exception("%r: %s", self.scope["path"], FAULT)
             fail(span, type(fault).__name__, FAULT)
             if not self.status:
                 await self.answer(error(500, "InternalServerError", FAULT))
         finally:
             self._finish(span)
+
+    async def _run(self, span: Span, work: Callable[[bytes], Awaitable[None]]) -> None:
+        try:
+            body = await self._read(span)
+            if body is None:
+                return
+            watch = asyncio.create_task(self._watch(asyncio.current_task()))
+            try:
+                await work(body)
+            finally:
+                watch.cancel()
+        except RefusedError as refused:
+            await self.answer(refused.answer)
+        except CallError as broken:
+            # The client must see a response that breaks off, not one that is complete.
+            _log.warning("%r: the response broke off: %s", self.scope["path"], broken)
+            fail(span, broken.error_type, str(broken))
 
     async def answer(self, answer: Answer) -> None:
         """Respond with what is there as a whole."""
@@ -152,27 +166,10 @@ class Exchange:
         self._sent_bytes += len(part)
         await self._send({"type": "http.response.body", "body": part, "more_body": not last})
 
-    async def _until_gone(self, span: Span, work: Callable[[bytes], Awaitable[None]]) -> None:
-        """Do the work, and stop it where the client goes away."""
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - every coroutine of a server runs in a task
-        body = await self._read(span)
-        if body is None:
-            return
-        watch = asyncio.create_task(self._watch(task))
-        try:
-            await work(body)
-        except asyncio.CancelledError:
-            if not self._gone:
-                raise
-            task.uncancel()
-            fail(span, "ClientDisconnect", "the client went away")
-        finally:
-            watch.cancel()
-
-    async def _watch(self, task: asyncio.Task[Any]) -> None:
+    async def _watch(self, task: asyncio.Task[Any] | None) -> None:
+        """Cancel the task that answers the request when the client goes away."""
         await self._receive()  # after the body comes nothing but the end of the connection
-        if not self._complete:
+        if task is not None and not self._complete:
             self._gone = True
             task.cancel()
 

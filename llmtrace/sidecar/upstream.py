@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import re
 import ssl
@@ -124,19 +125,22 @@ class Caller:
     async def _request(
         self, method: str, url: str, headers: CIMultiDict[str], body: bytes, server: Server
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=self._connect_timeout_s, sock_read=server.idle_timeout_s
-        )
+        timeout = aiohttp.ClientTimeout(total=None, connect=self._connect_timeout_s, sock_read=server.idle_timeout_s)
         try:
-            async with self._session.request(
-                method,
-                URL(url, encoded=True),
-                headers=headers,
-                data=body or None,
-                ssl=server.tls or True,
-                timeout=timeout,
-                allow_redirects=False,
-            ) as response:
+            # aiohttp's own limits leave out a body that the server does not take.
+            async with (
+                asyncio.timeout(self._connect_timeout_s + server.idle_timeout_s) as limit,
+                self._session.request(
+                    method,
+                    URL(url, encoded=True),
+                    headers=headers,
+                    data=body or None,
+                    ssl=server.tls or True,
+                    timeout=timeout,
+                    allow_redirects=False,
+                ) as response,
+            ):
+                limit.reschedule(None)
                 yield response
         except (aiohttp.ClientError, TimeoutError) as error:
             raise _failed(error, server, self._connect_timeout_s) from error
@@ -145,9 +149,7 @@ class Caller:
 def passed_on(headers: Iterable[tuple[bytes, bytes]], without: frozenset[bytes]) -> Headers:
     """The headers, names in lower case, without those named and without those that their Connection header names."""
     found = [(name.lower(), value) for name, value in headers]
-    named = {token.strip().lower() for name, value in found if name == b"connection" for token in value.split(b",")} - {
-        b""
-    }
+    named = {token.strip().lower() for name, value in found if name == b"connection" for token in value.split(b",")}
     return [(name, value) for name, value in found if name not in without and name not in named]
 
 

@@ -17,7 +17,7 @@ import pytest
 from loopback import Receiver, free_port, receiving, until
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from sidecaring import CHAT, DECODED, TRACE, TRACEPARENT, Seen, prefilled, says, serving
+from sidecaring import CHAT, DECODED, TRACE, TRACEPARENT, Seen, chunked, prefilled, says, serving
 
 EXIT_S = 15.0
 
@@ -120,6 +120,23 @@ async def test_tls_is_the_default(tmp_path: Path) -> None:
             async with client(sidecar) as http:
                 with pytest.raises(httpx.HTTPError):
                     await http.post(CHAT, json={})
+
+
+async def test_a_response_that_breaks_off_is_one_line_in_the_log(tmp_path: Path) -> None:
+    async def breaks(_: Seen, writer: asyncio.StreamWriter) -> None:
+        writer.write(chunked(b"data: CANARY\n\n"))
+        await writer.drain()
+        writer.close()
+
+    async with serving(breaks) as decode:
+        with running(tmp_path, decode.port, "--secure-proxy=false") as sidecar:
+            async with client(sidecar) as http:
+                with pytest.raises(httpx.RemoteProtocolError):
+                    await http.post(f"{CHAT}%0A", json={"model": "CANARY"})
+            assert sidecar.end() == 0
+    _, line = sidecar.log.read_text().splitlines()
+    broken = f"the response broke off: localhost:{decode.port} broke off"
+    assert line.endswith(f"WARNING llmtrace.sidecar.exchange: '{CHAT}\\n': {broken}")
 
 
 async def test_a_running_request_ends_before_the_sidecar(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import ssl
 from collections.abc import Callable
 from pathlib import Path
@@ -171,6 +172,22 @@ async def test_a_prefill_server_that_breaks_off_or_hangs(answer: Answer, status:
     assert found["HTTP below prefill"] == ("ERROR", kind)
     assert found["prefill"] == found["forward_request"] == found[SERVER_SPAN] == ("ERROR", str(status))
     assert one(spans, "prefill").attributes[a.PROXY_PREFILL_STATUS] == status
+
+
+@pytest.mark.parametrize("tls", [frozenset(), frozenset({"prefiller"})])
+async def test_a_prefill_server_that_reads_nothing(tls: frozenset[str]) -> None:
+    """A process that is stopped still has a kernel that takes connections."""
+    async with serving(says(DECODED)) as decode:
+        with socket.socket() as stopped:
+            stopped.bind(("127.0.0.1", 0))
+            stopped.listen()
+            address = f"127.0.0.1:{stopped.getsockname()[1]}"
+            async with sidecar(decode, prefill_idle_timeout_s=0.3, connect_timeout_s=0.3, enable_tls=tls) as proxy:
+                response = await proxy.post({"text": "x" * (16 << 20)}, prefill=address)
+                found = statuses(await proxy.spans(4))
+    assert (response.status_code, decode.requests) == (504, [])
+    kind = "ConnectionTimeoutError" if tls else "TimeoutError"
+    assert found["HTTP below prefill"] == ("ERROR", kind)
 
 
 async def test_a_prefill_server_that_recovers_from_a_hang() -> None:
