@@ -27,7 +27,7 @@ from llmtrace.picker.endpoints import Endpoint, Load, Pool
 from llmtrace.picker.metrics import Metrics
 from llmtrace.picker.request import InferenceRequest, parse
 from llmtrace.picker.scheduler import Scheduler
-from llmtrace.picker.spans import Tracer
+from llmtrace.spans import Tracer
 
 PD_CONFIG = """
 apiVersion: llm-d.ai/v1alpha1

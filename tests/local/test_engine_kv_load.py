@@ -1,4 +1,4 @@
-"""``kv_load`` on real servers: one prefills, the other pulls its KV by NIXL, by the protocol of llm-d's sidecar (nixlv2).
+"""``kv_load`` on real servers: one prefills, the other pulls its KV by NIXL, as llm-d's sidecar has them do (nixlv2).
 
 The prefill leg asks for one token and gets kv_transfer_params; the decode leg is the same request with these.
 """

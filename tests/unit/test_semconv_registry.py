@@ -102,7 +102,7 @@ def test_the_required_edges_of_the_prefix_cache_scenario() -> None:
     }
     (scorer,) = (span for span in EXPECTATION.spans if span.key == "scorer")
     assert scorer.count_from == ("scoring", a.SCORER_COUNT)
-    assert set(EXPECTATION.hints) == {"client", "collector", "envoy", "picker", "vllm"}
+    assert set(EXPECTATION.hints) == {"client", "collector", "envoy", "picker", "sidecar", "vllm"}
 
 
 def test_a_scenario_that_the_registry_does_not_know() -> None:
