@@ -23,6 +23,7 @@ PREFILL_PARAMS = {
 }
 """What tells the prefill server to keep the KV cache for a decode server."""
 
+TOO_DEEP = "it is nested too deeply"
 DATA = b"data: "
 """How a line of an event stream begins that holds JSON."""
 
@@ -57,7 +58,7 @@ def parse(raw: bytes) -> dict[str, Any]:
     try:
         found = json.loads(raw, parse_constant=_no_constant)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError(TOO_DEEP) from None
     if not isinstance(found, dict):
         raise ValueError("it is no object")  # noqa: TRY004 - a body is wrong in one way
     return found
@@ -69,6 +70,8 @@ def dump(value: object) -> bytes:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can hold
         return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
 
 
 def prefill_leg(body: Body, api: Api) -> bytes:

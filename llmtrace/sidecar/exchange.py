@@ -127,12 +127,13 @@ class Exchange:
         except CallError as failed:
             if self.status:
                 raise
-            _log.warning("the decode server %s", failed)
-            raise RefusedError(
-                error(503, "ServiceUnavailable", NOT_READY)
-                if failed.status == 503
-                else error(failed.status, "BadGateway", f"the decode server {failed}")
-            ) from failed
+            text = f"the decode server {failed}"
+            _log.warning("%s", text)
+            refused = failed.status == 503
+            answer = (
+                error(503, "ServiceUnavailable", NOT_READY) if refused else error(failed.status, "BadGateway", text)
+            )
+            raise RefusedError(answer, text) from failed
 
     async def _respond(self, response: Response, usage: UsageRewriter | None) -> None:
         if usage is None or response.status >= 300:

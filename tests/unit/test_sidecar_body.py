@@ -70,6 +70,13 @@ def test_a_number_beyond_a_double_cannot_be_sent_on() -> None:
         prefill_leg(parse(b'{"x": 1e999}'), APIS["/v1/completions"])
 
 
+@pytest.mark.parametrize("depth", [*range(900, 1000, 7), 5000])
+def test_any_depth_is_sent_on_or_refused(depth: int) -> None:
+    raw = b'{"x":' * depth + b"1" + b"}" * depth
+    with contextlib.suppress(ValueError):
+        assert parse(prefill_leg(parse(raw), APIS["/v1/completions"]))["x"] == parse(raw)["x"]
+
+
 @given(st.binary(max_size=40))
 def test_any_bytes_are_an_object_or_a_value_error(raw: bytes) -> None:
     with contextlib.suppress(ValueError):
