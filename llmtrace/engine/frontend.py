@@ -70,9 +70,13 @@ class _Job:
 
 
 class RequestSpanWatch(SpanProcessor):
-    """Sees ``llm_request`` start in the thread that asked to see it."""
+    """Sees ``llm_request`` start in the thread that asked to see it.
 
-    def __init__(self) -> None:
+    The SDK calls it from within vLLM's own code, so that it has the guard too; once switched off it touches no span.
+    """
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
         self._watch = threading.local()
 
     def begin(self, attributes: Attributes) -> None:
@@ -88,6 +92,10 @@ class RequestSpanWatch(SpanProcessor):
 
     def on_start(self, span: Span, parent_context: context_api.Context | None = None) -> None:
         """Remember the span, if it is the one."""
+        if self._guard.on:
+            self._guard.run("SpanProcessor.on_start", self._seen, span)
+
+    def _seen(self, span: Span) -> None:
         attributes: Attributes | None = getattr(self._watch, "attributes", None)
         if attributes is not None and span.name == names.SERVER_SPAN:
             self._watch.span = span
@@ -103,7 +111,7 @@ class Frontend:
     def __init__(self, guard: Guard, queue_size: int = QUEUE_SIZE, pending_size: int = PENDING_SIZE) -> None:
         self.dropped = 0
         self._guard = guard
-        self._watch = RequestSpanWatch()
+        self._watch = RequestSpanWatch(guard)
         self._provider: trace.TracerProvider | None = None
         self._pending: OrderedDict[str, Parent] = OrderedDict()
         self._pending_size = pending_size

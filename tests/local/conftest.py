@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest.register_assert_rewrite("engine_trees", "engine_workload")
+pytest.register_assert_rewrite("engine_servers", "engine_trees", "engine_workload")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

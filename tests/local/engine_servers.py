@@ -128,7 +128,7 @@ class ModelServer:
             for name, value in os.environ.items()
             if not name.startswith(("OTEL_", "VLLM_")) and not name.lower().endswith("_proxy")
         }
-        places = os.pathsep.join(map(str, (plugin_folder(), *path)))
+        places = os.pathsep.join(map(str, (*path, plugin_folder())))
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [

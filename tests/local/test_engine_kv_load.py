@@ -1,6 +1,7 @@
-"""``kv_load`` on real servers: one prefills, the other pulls its KV by NIXL, as llm-d's sidecar has them do (nixlv2).
+"""``kv_load`` on real servers: one prefills, the other pulls its KV by NIXL.
 
-The prefill leg asks for one token and gets kv_transfer_params; the decode leg is the same request with these.
+The protocol is that of llm-d's sidecar (nixlv2): the prefill leg asks for one token and gets kv_transfer_params; the
+decode leg is the same request with these.
 """
 
 from __future__ import annotations
@@ -138,6 +139,8 @@ def test_loads_one_after_the_other(pair: tuple[ModelServer, ModelServer], receiv
         assert 0 < tree.number(names.KV_LOAD_TRANSFER_TIME) <= tree.ms("kv_load")
         assert tree.number(names.LOCAL_CACHED_TOKENS) == local * BLOCK_SIZE
         assert tree.number(names.EXTERNAL_CACHED_TOKENS) == tree.number(names.KV_LOAD_TOKENS)
+        # What the prefill server had cached: the user's view of the whole request.
+        assert tree.request.attributes[names.CACHED_TOKENS] == params["remote_prefill_cached_tokens"]
     assert sum(tree.number(names.KV_LOAD_BYTES) for tree in found) == grown("nixl_bytes_transferred_sum")
     assert sum(tree.number(names.KV_LOAD_TOKENS) for tree in found) == grown("external_prefix_cache_hits_total")
     assert grown("nixl_xfer_time_seconds_count") == len(found)

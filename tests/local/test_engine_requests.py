@@ -24,6 +24,8 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
 CONTEXT = 1024
 BATCH = 6
 AT_ONCE = 20
+LONG = 940
+"""Tokens of a request that takes long."""
 ARGUMENTS = (
     *("--max-model-len", str(CONTEXT), "--max-num-seqs", str(BATCH), "--max-num-batched-tokens", "128"),
     # 1,280 tokens: two or three long requests fill it.
@@ -214,27 +216,49 @@ def check_aborted(tree: Tree) -> None:
     assert tree.request.parent_id == "00000000000000aa"
 
 
-def test_clients_that_hang_up_in_the_middle(server: ModelServer, receiver: Receiver) -> None:
-    """Beside others; the last one alone, so that no other request's step carries the news."""
-    given_up = [
-        completion("given up", f"{number} " + "z" * 60, 900, stream=True, hang_up_after=3 + number, n=1 + number % 2)
-        for number in range(10)
-    ]
-    asyncio.run(send(server, [*given_up[:-1], *mixed(13, seed=8)], AT_ONCE))
-    asyncio.run(send(server, given_up[-1:], 1))
-    for request in given_up:
+def abandoned(receiver: Receiver, requests: list[Planned]) -> list[Tree]:
+    """The trees of those among ``requests`` that ended because the client hung up.
+
+    On a busy machine vLLM may make all their tokens before it learns of it; those are whole, and do not count here.
+    """
+    for request in requests:
         until(
             lambda request=request: (
-                len(receiver.trace(request.trace_id).named("llm_request")) == request.engine_requests
+                len(receiver.trace(request.trace_id).named(names.SERVER_SPAN)) == request.engine_requests
             ),
             "the spans of a request that was given up",
         )
-    settle(server, receiver)
-    for request in given_up:
-        for tree in trees_of(receiver, request):
+    found = [tree for request in requests for tree in trees_of(receiver, request)]
+    for tree in found:
+        if tree.reason == "abort":
             check_aborted(tree)
-    last = trees_of(receiver, given_up[-1])
-    assert any(tree.order[-1] == "decode" for tree in last)
+        else:
+            assert (tree.reason, tree.number(names.OUTPUT_TOKENS)) == ("length", LONG)
+    return [tree for tree in found if tree.reason == "abort"]
+
+
+def hanging_up(number: int) -> Planned:
+    return completion(
+        "given up", f"{number} " + "z" * 60, LONG, stream=True, hang_up_after=3 + number, n=1 + number % 2
+    )
+
+
+def test_clients_that_hang_up_in_the_middle(server: ModelServer, receiver: Receiver) -> None:
+    given_up = [hanging_up(number) for number in range(9)]
+    asyncio.run(send(server, [*given_up, *mixed(13, seed=8)], AT_ONCE))
+    found = abandoned(receiver, given_up)
+    assert len(found) >= 6
+    assert any(tree.order[-1] == "decode" for tree in found)
+
+
+def test_client_that_hangs_up_alone(server: ModelServer, receiver: Receiver) -> None:
+    """No other request's step carries the news."""
+    given_up = [hanging_up(number) for number in range(0, 8, 2)]
+    for request in given_up:
+        asyncio.run(send(server, [request], 1))
+        if abandoned(receiver, [request]):
+            return
+    pytest.fail("vLLM made all tokens of four requests before it learned that their clients had hung up")
 
 
 def test_nothing_of_requests_that_are_not_sampled_or_refused(server: ModelServer, receiver: Receiver) -> None:

@@ -489,7 +489,7 @@ def test_fault_in_the_engine_core_switches_off_and_the_request_goes_on(
     check_fault(make_world(), caplog)
 
 
-@pytest.mark.parametrize("place", ["tracing", "traced", "receive"])
+@pytest.mark.parametrize("place", ["tracing", "traced", "receive", "_watch._seen"])
 def test_fault_in_the_api_server_switches_off_and_the_request_goes_on(
     make_world: Callable[..., World],
     monkeypatch: pytest.MonkeyPatch,
@@ -499,8 +499,23 @@ def test_fault_in_the_api_server_switches_off_and_the_request_goes_on(
     def fail(*_args: Any) -> None:
         raise RuntimeError("the prompt was: secret")
 
-    monkeypatch.setattr(Frontend, place, fail)
+    if place == "_watch._seen":
+        monkeypatch.setattr(frontend.RequestSpanWatch, "_seen", fail)
+    else:
+        monkeypatch.setattr(Frontend, place, fail)
     check_fault(make_world(), caplog)
+
+
+def test_off_in_the_middle_of_a_request_touches_no_later_span(
+    make_world: Callable[..., World], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another thread may switch the plugin off while this one waits for llm_request."""
+    world = make_world()
+    world.frontend.tracing(world.out(Request("r")), SimpleNamespace(num_cached_tokens=1))
+    world.guard.run("elsewhere", lambda: 1 / 0)
+    finish_normally(world, world.add(Request("later")))
+    (span,) = world.spans()
+    assert attributes(span) == {}
 
 
 def test_fault_while_making_spans(
