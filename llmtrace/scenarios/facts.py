@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from llmtrace.semconv import attributes as a
-from llmtrace.traces.model import AttributeValue, Span, Trace
+from llmtrace.traces.model import Attributes, AttributeValue, Span, Trace
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,10 @@ class Served:
 
 @dataclass(frozen=True)
 class Block:
-    """One arm's share of a block, and what vLLM's own counters said about it, by server."""
+    """One arm's share of a block, and what vLLM's own counters said about it, by server.
+
+    ``roles`` are those of the servers, as far as they are told; ``attributes`` are all of the block's span.
+    """
 
     arm: str
     block: int
@@ -79,6 +82,8 @@ class Block:
     queries: dict[str, int]
     kv_block_size: int | None
     model: str
+    roles: dict[str, str] = field(default_factory=dict)
+    attributes: Attributes = field(default_factory=dict)
 
 
 def integer(value: AttributeValue) -> int | None:
@@ -127,6 +132,8 @@ def read_blocks(traces: Iterable[Trace]) -> list[Block]:
                 queries=dict(zip(servers, queries, strict=False)),
                 kv_block_size=integer(span.attributes.get(a.KV_BLOCK_SIZE)),
                 model=text(span.attributes.get(a.REQUEST_MODEL)),
+                roles=dict(zip(servers, strings(span.attributes.get(a.BLOCK_ROLES)), strict=False)),
+                attributes=span.attributes,
             )
         )
     return sorted(blocks, key=lambda b: (b.block, b.arm))
@@ -150,7 +157,8 @@ def _read(trace: Trace) -> Served | None:
     if client is None or client.attributes.get(a.WARMUP):
         return None
     gateway = next(iter(trace.named(a.GATEWAY_SPAN)), None)
-    server = next((s for s in trace.named(a.SERVER_SPAN) if s.service != a.CLIENT_SERVICE), None)
+    # Of several model servers the last one gave the answer; one before it prefilled.
+    server = next((s for s in reversed(trace.named(a.SERVER_SPAN)) if s.service != a.CLIENT_SERVICE), None)
     latency = number(server.attributes.get(a.VLLM_TTFT)) if server else None
     of_client, of_gateway = client.attributes, gateway.attributes if gateway else {}
     return Served(
