@@ -117,7 +117,7 @@ def test_a_value_that_is_not_allowed_is_found_and_cut() -> None:
     finding = only(changed(GOOD, "chat smol", {"llmtrace.scenario.arm": "x" * 100}))
     assert finding.fault == Fault.VALUE
     assert "where prefix-aware or random" in finding.detail
-    assert len(finding.detail) < 130
+    assert "x" * 40 not in finding.detail
 
 
 def needed(span: Span) -> list[str]:
