@@ -98,9 +98,11 @@ class Expectation:
     def classify(self, trace: Trace) -> dict[int, ExpectedSpan | None]:
         """The expected span that each span is, by its ``id()``.
 
-        Where several match, it is the one that belongs under the nearest expected span above.
+        Where several match, it is the one that belongs under the nearest expected span above; where that does not
+        decide, the first that no span is yet.
         """
         found: dict[int, ExpectedSpan | None] = {}
+        taken: set[str] = set()
         for span in (*(s for _, s in trace.walk()), *trace.spans):  # parents first; a cycle's spans come last
             if id(span) in found:
                 continue
@@ -108,7 +110,10 @@ class Expectation:
             if len(matching) > 1:
                 above = next((e for s in trace.ancestors(span) if (e := found.get(id(s)))), None)
                 matching = [e for e in matching if above is not None and above.key in e.parents] or matching
-            found[id(span)] = matching[0] if matching else None
+            chosen = next((e for e in matching if e.key not in taken), matching[0] if matching else None)
+            found[id(span)] = chosen
+            if chosen is not None:
+                taken.add(chosen.key)
         return found
 
     def component(self, span: Span) -> str:
@@ -257,7 +262,7 @@ class _Verification:
                 f"span {span.name!r} of {expected.component} lacks {', '.join(missing)}",
             )
         parent = self.trace.parent(span)
-        if parent is not None and not self._allowed(parent, expected):
+        if parent is not None and not self._allowed(parent, expected) and self._has_any(expected.parents):
             yield self._problem(
                 Fault.PARENT,
                 expected.component,
@@ -271,6 +276,10 @@ class _Verification:
                 expected.component,
                 f"span {span.name!r} of {expected.component} must be the root",
             )
+
+    def _has_any(self, keys: tuple[str, ...]) -> bool:
+        """Whether a place is there at all; where it is not, its absence is the problem, and not who lacks it."""
+        return not keys or any(self._found(key) for key in keys)
 
     def _allowed(self, parent: Span, expected: ExpectedSpan) -> bool:
         """Whether the parent is one of the expected; helper spans of the same component may stand between."""
