@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -11,8 +11,6 @@ from llmtrace.scenarios.facts import Block, Served
 
 MOST_LISTED = 20
 """Disagreements of a check that are listed one by one."""
-
-T = TypeVar("T")
 
 
 class Check(BaseModel):
@@ -36,6 +34,18 @@ class Prefilled(NamedTuple):
     cached_tokens: int
 
 
+def check(name: str, compared: int, differ: Sequence[str], agreement: str, note: str = "") -> Check:
+    """A check of ``compared`` pairs of numbers, of which these differ; ``agreement`` says that none does."""
+    detail = "nothing to compare" if not compared else agreement if not differ else f"{len(differ)} differ"
+    return Check(
+        name=name,
+        ok=not differ if compared else None,
+        compared=compared,
+        detail=detail + (f"; {note}" if note and compared else ""),
+        disagreements=list(differ[:MOST_LISTED]),
+    )
+
+
 def every_request_has_its_trace(served: Sequence[Served], blocks: Sequence[Block]) -> Check:
     """The traces against the number of requests that the driver says it sent."""
     expected = sum(b.requests for b in blocks)
@@ -49,41 +59,16 @@ def every_request_has_its_trace(served: Sequence[Served], blocks: Sequence[Block
 
 
 def equal(name: str, served: Iterable[Served], values: Callable[[Served], tuple[int | None, int | None]]) -> Check:
-    """Two numbers of each request must be equal."""
-    return compared(
-        name,
-        ((s, *values(s)) for s in served),
-        lambda left, right: left == right,
-        agreement="equal for every request",
-    )
-
-
-def compared(
-    name: str,
-    rows: Iterable[tuple[Served, T | None, T | None]],
-    agrees: Callable[[T, T], bool],
-    *,
-    agreement: str,
-) -> Check:
-    """Two values of each request must agree; None is a value that the trace lacks."""
-    listed = list(rows)
+    """Two numbers of each request must be equal; None is one that the trace lacks."""
+    listed = [(s, *values(s)) for s in served]
     untold = sum(left is None or right is None for _, left, right in listed)
     differ = [
         f"{s.trace_id} ({s.arm}): {left} and {right}"
         for s, left, right in listed
-        if left is not None and right is not None and not agrees(left, right)
+        if left is not None and right is not None and left != right
     ]
-    told = len(listed) - untold
-    detail = "nothing to compare" if not told else agreement if not differ else f"{len(differ)} differ"
-    if untold and told:
-        detail += f"; {untold} requests lack one of the two"
-    return Check(
-        name=name,
-        ok=not differ if told else None,
-        compared=told,
-        detail=detail,
-        disagreements=differ[:MOST_LISTED],
-    )
+    note = f"{untold} requests lack one of the two" if untold else ""
+    return check(name, len(listed) - untold, differ, "equal for every request", note)
 
 
 def counters(

@@ -11,11 +11,16 @@ from llmtrace.traces.model import Attributes, AttributeValue, Span, Trace
 
 @dataclass(frozen=True)
 class Scorer:
-    """One scorer's verdict: its weight, and its unweighted score of each endpoint."""
+    """One scorer's verdict: its weight, and its unweighted score of each endpoint.
+
+    llm-d's picker tells only the ``best`` score and the ``mean``.
+    """
 
     type: str
     weight: float
     scores: dict[str, float]
+    best: float | None = None
+    mean: float | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ def read_blocks(traces: Iterable[Trace]) -> list[Block]:
 
 def read_requests(traces: Iterable[Trace]) -> list[Served]:
     """The measured requests of a run in order of time; warm-up requests and other traces are left out."""
-    served = [s for trace in traces if (s := _read(trace)) is not None]
+    served = [s for trace in traces if (s := read_request(trace)) is not None]
     names = {
         address: short_name(name)
         for trace in traces
@@ -152,7 +157,8 @@ def read_requests(traces: Iterable[Trace]) -> list[Served]:
     return sorted(renamed, key=lambda s: s.start_ns)
 
 
-def _read(trace: Trace) -> Served | None:
+def read_request(trace: Trace) -> Served | None:
+    """The request of one trace; None where it is not a measured request's."""
     client = next((s for s in trace.spans if s.service == a.CLIENT_SERVICE and text(s.attributes.get(a.PAIR_ID))), None)
     if client is None or client.attributes.get(a.WARMUP):
         return None
@@ -206,7 +212,8 @@ def _decision(trace: Trace) -> Decision | None:
         return None
     scorers, match, estimate = [], None, None
     for span in trace.spans:
-        if not span.name.startswith(a.SCORER_SPAN_PREFIX):
+        # Where requests are split, another profile with scorers of its own follows.
+        if not span.name.startswith(a.SCORER_SPAN_PREFIX) or not _within(trace, span, profile):
             continue
         endpoints = [short_name(e) for e in strings(span.attributes.get(a.SCORER_ENDPOINTS))]
         scores = [number(v) or 0.0 for v in items(span.attributes.get(a.SCORER_SCORES))]
@@ -216,12 +223,18 @@ def _decision(trace: Trace) -> Decision | None:
                 type=text(span.attributes.get(a.SCORER_TYPE)) or span.name.removeprefix(a.SCORER_SPAN_PREFIX),
                 weight=1.0 if weight is None else weight,
                 scores=dict(zip(endpoints, scores, strict=False)),
+                best=number(span.attributes.get(a.SCORER_MAX)),
+                mean=number(span.attributes.get(a.SCORER_AVG)),
             )
         )
         if tokens := items(span.attributes.get(a.MATCH_TOKENS)):
             match = dict(zip(endpoints, (integer(t) or 0 for t in tokens), strict=False))
             estimate = integer(span.attributes.get(a.ESTIMATED_PROMPT_TOKENS))
     return Decision(profile.start_ns, tuple(scorers), _totals(trace, scorers), match, estimate)
+
+
+def _within(trace: Trace, span: Span, ancestor: Span) -> bool:
+    return any(above is ancestor for above in trace.ancestors(span))
 
 
 def _totals(trace: Trace, scorers: Sequence[Scorer]) -> dict[str, float]:
