@@ -95,6 +95,31 @@ class ClusterMeans:
         """The mean and its interval, from the sums of the clusters."""
         return _interval(float(sums.sum() / self.counts.sum()), self.resampled(sums))
 
+    def intervals(self, sums: NDArray[np.float64]) -> list[Interval]:
+        """The same for each column."""
+        estimates = sums.sum(axis=0) / self.counts.sum()
+        lows, highs = np.percentile(self.resampled(sums), [2.5, 97.5], axis=0)
+        rows = zip(estimates, lows, highs, strict=True)
+        return [Interval(estimate=float(e), low=float(low), high=float(high)) for e, low, high in rows]
+
+
+def simultaneous_bounds(
+    means: NDArray[np.float64], deviations: NDArray[np.float64], percent: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Lower and upper bounds that hold for all means at once, each side for ``percent`` % of repetitions.
+
+    The best of many means looks better than it is; bounds of each mean alone would not allow for that. ``deviations``
+    are those of bootstrap samples (first axis) from ``means``. Source: the studentised reality check (White 2000,
+    Romano and Wolf 2005).
+    """
+    spread = deviations.std(axis=0)
+    varying = spread > 1e-9 * (np.abs(means).max() + 1.0)
+    if not varying.any():
+        return means, means
+    scaled = deviations[:, varying] / spread[varying]
+    above, below = (np.percentile(side.max(axis=1), percent) for side in (scaled, -scaled))
+    return means - above * spread, means + below * spread
+
 
 def mean_interval(values: Sequence[float], clusters: Sequence[Hashable], *, seed: int = 0) -> Interval | None:
     """The mean of the values with its interval; None with fewer than two clusters."""

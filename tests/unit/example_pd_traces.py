@@ -438,24 +438,28 @@ def pd_run(
     blocks: int = 4,
     each: int = 6,
     noise_ms: float = 10.0,
+    estimate: float = 1.0,
     **fixed: object,
 ) -> list[Trace]:
     """A run of all arms. ``ttft(uncached, split)`` are ms without noise, ``decode`` those after the first token.
 
-    Uncached tokens are spread evenly from 40 to 1,640: in each block and tenant ``each`` requests of different ones.
+    Uncached tokens are spread evenly from 40 to 1,640: in each block and tenant ``each`` requests of different ones, of
+    which every third has another 1,024 tokens cached on its decode server.
     """
     rng = random.Random(5)
     traces: list[Trace] = []
-    prompts = [40 + 1600 * n // (blocks * len(TENANTS) * each - 1) for n in range(blocks * len(TENANTS) * each)]
-    rng.shuffle(prompts)
-    drawn = {(block, tenant, n): prompts.pop() for block in range(blocks) for tenant in TENANTS for n in range(each)}
+    spread = [40 + 1600 * n // (blocks * len(TENANTS) * each - 1) for n in range(blocks * len(TENANTS) * each)]
+    rng.shuffle(spread)
+    drawn = {(block, tenant, n): spread.pop() for block in range(blocks) for tenant in TENANTS for n in range(each)}
     for block in range(blocks):
         for arm in ARMS:
             sent = []
-            for (of_block, tenant, n), prompt in drawn.items():
+            for (of_block, tenant, n), uncached in drawn.items():
                 if of_block != block:
                     continue
-                split, reason = choice(arm, prompt, prompt)
+                cached = 1024 if n % 3 == 0 else 0
+                believed = round((uncached + cached) * estimate), round(cached * estimate)
+                split, reason = choice(arm, believed[0] - believed[1], believed[0])
                 request = Request(
                     number=len(traces) + 1,
                     arm=arm,
@@ -465,10 +469,12 @@ def pd_run(
                     start_ms=100.0 * len(traces),
                     split=split,
                     reason=reason,
-                    prompt=prompt,
+                    prompt=uncached + cached,
+                    cached=cached,
+                    estimate=estimate,
                     decode=("decode-0", "decode-1")[n % 2],
-                    ttft_ms=ttft(prompt, split) + rng.gauss(0, noise_ms),
-                    decode_ms=(decode(prompt, split) if decode else 800.0) + rng.gauss(0, noise_ms),
+                    ttft_ms=ttft(uncached, split) + rng.gauss(0, noise_ms),
+                    decode_ms=(decode(uncached, split) if decode else 800.0) + rng.gauss(0, noise_ms),
                     **fixed,  # type: ignore[arg-type]
                 )
                 sent.append(request)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from llmtrace.scenarios.checks import Check, Prefilled, check, counters, equal, every_request_has_its_trace
 from llmtrace.scenarios.facts import Block
@@ -45,9 +45,7 @@ def run_checks(
     ]
     others = [
         _cached(good),
-        counters(
-            "cached tokens: vLLM's spans and vLLM's counters", "its spans say", _prefilled(good), blocks, kv_block_size
-        ),
+        _counters(good, blocks, kv_block_size),
         _contradictions(
             "KV of split requests: prefill leg and kv_load",
             good,
@@ -124,12 +122,13 @@ def _cached(requests: Sequence[Handled]) -> Check:
     return check("cached tokens: client's usage and vLLM's spans", compared, differ, "equal for every request")
 
 
-def _prefilled(requests: Sequence[Handled]) -> Iterator[Prefilled]:
-    """What each server looked up in its cache, leg by leg."""
-    for r in requests:
-        for engine in (r.legs.prefill, r.legs.decode):
-            if engine is not None:
-                cached = engine.local_cached_tokens
-                if cached is None and not r.was_split:
-                    cached = r.served.cached_tokens
-                yield Prefilled(r.served.arm, r.served.block, engine.server, engine.prompt_tokens or 0, cached or 0)
+def _counters(requests: Sequence[Handled], blocks: Sequence[Block], kv_block_size: int) -> Check:
+    """What each server looked up in its cache, leg by leg; all legs must tell it."""
+    legs = [(r.served, e) for r in requests for e in (r.legs.prefill, r.legs.decode) if e is not None]
+    told = [
+        Prefilled(served.arm, served.block, engine.server, engine.prompt_tokens, engine.local_cached_tokens)
+        for served, engine in legs
+        if engine.prompt_tokens is not None and engine.local_cached_tokens is not None
+    ]
+    name = "cached tokens: vLLM's spans and vLLM's counters"
+    return counters(name, "its spans say", told, blocks if len(told) == len(legs) else [], kv_block_size)

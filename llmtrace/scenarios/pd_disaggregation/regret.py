@@ -15,12 +15,14 @@ from llmtrace.scenarios.pairing import Conclusion, by_pair, cluster, conclude
 from llmtrace.scenarios.pd_disaggregation.arms import ARMS
 from llmtrace.scenarios.pd_disaggregation.requests import Handled
 from llmtrace.scenarios.pd_disaggregation.rule import Reason
-from llmtrace.stats import ClusterMeans, Interval, mean_interval
+from llmtrace.stats import ClusterMeans, Interval, mean_interval, simultaneous_bounds
 
 Metric = Literal["ttft", "e2e"]
 METRICS: tuple[Metric, ...] = ("ttft", "e2e")
 MOST_CUTS = 200
 """Thresholds that are tried, of all that would make different choices."""
+SAMPLES_OF_EACH = 2000
+"""Bootstrap samples with which each threshold is compared with all others."""
 
 
 class _Model(BaseModel):
@@ -57,10 +59,11 @@ class Cut(_Model):
 class ThresholdAnswer(_Model):
     """Which threshold would have been best for these requests.
 
-    ``best_low`` to ``best_high`` make the same, best choices; ``low`` to ``high`` is the 95 % bootstrap interval of the
-    best threshold, which is not ``determined`` where that holds every one from splitting all requests to splitting
-    none. ``saved_ms`` is what the best threshold saves a request against the choices that were made, on clusters of
-    requests that it was not chosen on.
+    ``best_low`` to ``best_high`` make the same, best choices. ``low`` to ``high`` is the 95 % bootstrap interval of the
+    best threshold, widened by every threshold that the requests do not show to be worse than another; the best one is
+    not ``determined`` where that is everything from splitting all requests to splitting none. ``saved_ms`` is what the
+    best threshold saves a request against the choices that were made; its interval allows for the best having been
+    chosen among many.
     """
 
     metric: Metric
@@ -161,11 +164,13 @@ def best_threshold(found: Sequence[Triple], metric: Metric, seed: int) -> Thresh
     sums = means.sums(np.where(splits, split[:, None], unified[:, None]))
     curve = sums.sum(axis=0) / len(known)
     best = int(curve.argmin())
+    above = means.intervals(sums - sums[:, [best]])
     resampled = means.resampled(sums)
-    low, high = _between(lows[resampled.argmin(axis=1)], highs[resampled.argmin(axis=1)])
-    saved = _held_out_saving(means, sums, means.sums(np.where(made, split, unified)))
-    above = resampled - resampled[:, [best]]
-    band = np.percentile(above, [2.5, 97.5], axis=0)
+    winners = resampled.argmin(axis=1)
+    not_worse = [best, *_not_worse(curve, resampled[:SAMPLES_OF_EACH])]
+    low = min(_percentile(lows[winners], 2.5), *lows[not_worse])
+    high = max(_percentile(highs[winners], 97.5), *highs[not_worse])
+    saved = _saving(means, means.sums(np.where(made, split, unified))[:, None] - sums)
     return ThresholdAnswer(
         metric=metric,
         configured=decider.threshold_tokens if decider else None,
@@ -174,18 +179,11 @@ def best_threshold(found: Sequence[Triple], metric: Metric, seed: int) -> Thresh
         best_high=_tokens(highs[best]),
         low=int(low),
         high=_tokens(high),
-        determined=not (low <= lows[0] and np.isinf(high)),
+        determined=low > lows[0] or not np.isinf(high),
         saved_ms=saved,
         conclusion=conclude(saved),
         curve=[
-            Cut(
-                low=int(lows[n]),
-                high=_tokens(highs[n]),
-                mean_ms=float(curve[n]),
-                above_best=Interval(
-                    estimate=float(curve[n] - curve[best]), low=float(band[0, n]), high=float(band[1, n])
-                ),
-            )
+            Cut(low=int(lows[n]), high=_tokens(highs[n]), mean_ms=float(curve[n]), above_best=above[n])
             for n in range(len(curve))
         ],
     )
@@ -200,23 +198,28 @@ def _cuts(uncached: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.
     return lows[kept], highs[kept]
 
 
-def _between(lows: NDArray[np.float64], highs: NDArray[np.float64]) -> tuple[float, float]:
-    """From the 2.5th percentile of the lower ends to the 97.5th of the upper ones."""
-    low = np.percentile(lows, 2.5, method="inverted_cdf")
-    high = np.percentile(highs, 97.5, method="inverted_cdf")
-    return float(low), float(high)
+def _percentile(tokens: NDArray[np.float64], percent: float) -> float:
+    """A percentile that is one of the values: some are infinite."""
+    return float(np.percentile(tokens, percent, method="inverted_cdf"))
 
 
 def _tokens(threshold: float) -> int | None:
     return None if np.isinf(threshold) else int(threshold)
 
 
-def _held_out_saving(means: ClusterMeans, sums: NDArray[np.float64], made: NDArray[np.float64]) -> Interval:
-    """What the best cut saves on each cluster when it is chosen on all others.
+def _not_worse(curve: NDArray[np.float64], resampled: NDArray[np.float64]) -> list[int]:
+    """The cuts that no other one is shown to be better than."""
+    off = resampled - curve
+    found = []
+    for n in range(len(curve)):
+        lower, _ = simultaneous_bounds(curve[n] - curve, off[:, [n]] - off, 97.5)
+        if lower.max() <= 0:
+            found.append(n)
+    return found
 
-    Chosen and measured on the same requests, the best of many cuts looks better than the choices that were made even
-    where nothing matters.
-    """
-    counts = means.counts
-    others = (sums.sum(axis=0) - sums) / (counts.sum() - counts)[:, None]
-    return means.interval(made - sums[np.arange(len(counts)), others.argmin(axis=1)])
+
+def _saving(means: ClusterMeans, sums: NDArray[np.float64]) -> Interval:
+    """The largest of several savings, from their sums by cluster."""
+    savings = sums.sum(axis=0) / means.counts.sum()
+    lower, upper = simultaneous_bounds(savings, means.resampled(sums) - savings, 97.5)
+    return Interval(estimate=float(savings.max()), low=float(lower.max()), high=float(upper.max()))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib.metadata import version
+from typing import Any
 
 import altair as alt
 
 from llmtrace.scenarios.page import checks_table, escaped, page, plots, table
 from llmtrace.scenarios.pd_disaggregation.answer import PdAnswer, RequestAnswer
-from llmtrace.scenarios.pd_disaggregation.arms import ALWAYS_SPLIT, BY_THRESHOLD, NEVER_SPLIT
+from llmtrace.scenarios.pd_disaggregation.arms import ALWAYS_SPLIT, ARMS, BY_THRESHOLD, NEVER_SPLIT
 from llmtrace.scenarios.pd_disaggregation.faults import way
 from llmtrace.scenarios.pd_disaggregation.regret import ThresholdAnswer
 from llmtrace.scenarios.pd_disaggregation.text import CONCLUSIONS, LOSSES, interval_text, reason_name
@@ -46,9 +47,12 @@ def pd_html(found: PdAnswer) -> str:
 
 
 def _charts(found: PdAnswer) -> alt.VConcatChart:
-    upper = alt.hconcat(_decisions(found), _paired(found), spacing=40)
-    lower = alt.hconcat(_moved(found.requests), *map(_curve, found.thresholds), spacing=40)
-    chart: alt.VConcatChart = alt.vconcat(upper, lower, spacing=40).resolve_scale(color="independent")
+    rows: list[Any] = [alt.hconcat(_decisions(found), _paired(found), spacing=40)]
+    if found.transfers:
+        rows.append(_moved(found.requests))
+    if found.thresholds:
+        rows.append(alt.hconcat(*map(_curve, found.thresholds), spacing=40))
+    chart: alt.VConcatChart = alt.vconcat(*rows, spacing=40).resolve_scale(color="independent", shape="independent")
     return chart
 
 
@@ -67,7 +71,7 @@ def _decisions(found: PdAnswer) -> alt.Chart:
         .encode(
             x=alt.X("requests:Q", title="requests"),
             y=alt.Y("reason:N", title=None, axis=alt.Axis(labelLimit=220)),
-            row=alt.Row("arm:N", title=None),
+            row=alt.Row("arm:N", title=None, sort=list(ARMS)),
             color=alt.Color("served:N", scale=WAYS),
             tooltip=["arm:N", "served:N", "reason:N", "requests:Q"],
         )
