@@ -23,7 +23,9 @@ from starlette.routing import Route
 
 from llmtrace.errors import UserError
 from llmtrace.scenarios.driver import Driver, Settings, server_counters
+from llmtrace.scenarios.pd_disaggregation.workload import PdWorkload, smoke_requests
 from llmtrace.scenarios.prefix_cache.workload import PrefixCacheWorkload
+from llmtrace.scenarios.smoke import send_smoke_requests
 
 
 @dataclass
@@ -195,6 +197,42 @@ async def test_block_spans_carry_the_increase_of_vllms_counters(driver: Driver, 
         assert told["llmtrace.scenario.prefix_cache_hits"] == (cached,)
         assert cached > 0
         assert told["llmtrace.kv_block_size"] == 16
+
+
+async def test_block_spans_carry_what_only_the_stack_s_configuration_tells(
+    driver: Driver, exporter: InMemorySpanExporter
+) -> None:
+    driver.settings = replace(
+        driver.settings, roles={"vllm-0": "decode"}, arm_facts={"random": {"llmtrace.pd.threshold_tokens": 512}}
+    )
+    await driver.run(PrefixCacheWorkload(blocks=1, conversations=1, turns=1))
+    blocks = [attributes(s) for s in exporter.get_finished_spans() if s.name == "llmtrace.scenario.block"]
+    told = {b["llmtrace.scenario.arm"]: b.get("llmtrace.pd.threshold_tokens") for b in blocks}
+    assert told == {"prefix-aware": None, "random": 512}
+    assert {b["llmtrace.scenario.server_roles"] for b in blocks} == {("decode",)}
+
+
+async def test_a_third_arm_gets_the_same_requests(driver: Driver, server: FakeServer) -> None:
+    arms = ("a", "b", "c")
+    driver.settings = replace(driver.settings, arms=arms, gateways=dict.fromkeys(arms, server.url), concurrency=4)
+    workload = PdWorkload(blocks=1, turns=2)
+    record = await driver.run(workload)
+    assert {arm: len(ids) for arm, ids in record.trace_ids.items()} == dict.fromkeys(arms, workload.size)
+    sent = [b for b in server.bodies if "warmup" not in b["cache_salt"]]
+    by_arm = {
+        arm: sorted(json.dumps(b["messages"]) for b in sent if b["cache_salt"] == f"{driver.run_id}:{arm}:0")
+        for arm in arms
+    }
+    assert by_arm["a"] == by_arm["b"] == by_arm["c"]
+
+
+async def test_requests_of_the_smoke_test_share_a_cache_within_a_conversation(
+    driver: Driver, server: FakeServer, exporter: InMemorySpanExporter
+) -> None:
+    sent = await send_smoke_requests(driver, smoke_requests())
+    assert list(sent.values()) == ["prefix-aware"] * 3 + ["random"] * 3
+    cached = [attributes(s).get("gen_ai.usage.cache_read.input_tokens") for s in exporter.get_finished_spans()]
+    assert cached == [0, 192, 0] * 2
 
 
 async def test_no_text_of_a_prompt_or_an_answer_is_recorded(driver: Driver, exporter: InMemorySpanExporter) -> None:
