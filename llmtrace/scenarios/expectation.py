@@ -34,6 +34,8 @@ class Fault(StrEnum):
     ATTRIBUTE = "attribute"
     ERROR = "error"
     TRACE_ID = "trace-id"
+    DECISION = "decision"
+    REASON = "reason"
 
 
 class Problem(BaseModel):
@@ -93,9 +95,26 @@ class Expectation:
         if unknown := named - keys:
             raise ValueError(f"an expectation refers to unknown spans: {', '.join(sorted(unknown))}")
 
-    def classify(self, span: Span) -> ExpectedSpan | None:
-        """The first expected span that this one matches."""
-        return next((e for e in self.spans if e.matches(span)), None)
+    def classify(self, trace: Trace) -> dict[int, ExpectedSpan | None]:
+        """The expected span that each span is, by its ``id()``.
+
+        Where several match, it is the one that belongs under the nearest expected span above; where that does not
+        decide, the first that no span is yet.
+        """
+        found: dict[int, ExpectedSpan | None] = {}
+        taken: set[str] = set()
+        for span in (*(s for _, s in trace.walk()), *trace.spans):  # parents first; a cycle's spans come last
+            if id(span) in found:
+                continue
+            matching = [e for e in self.spans if e.matches(span)]
+            if len(matching) > 1:
+                above = next((e for s in trace.ancestors(span) if (e := found.get(id(s)))), None)
+                matching = [e for e in matching if above is not None and above.key in e.parents] or matching
+            chosen = next((e for e in matching if e.key not in taken), matching[0] if matching else None)
+            found[id(span)] = chosen
+            if chosen is not None:
+                taken.add(chosen.key)
+        return found
 
     def component(self, span: Span) -> str:
         """The component that sent a span, by its service."""
@@ -122,7 +141,7 @@ class _Verification:
         self.expectation = expectation
         self.tolerance_ns = int(clock_tolerance_ms * 1e6)
         self.tolerance_ms = clock_tolerance_ms
-        self.classes = {id(span): expectation.classify(span) for span in trace.spans}
+        self.classes = expectation.classify(trace)
         self.distinct = tuple(trace.by_id.values())
 
     def problems(self) -> Iterator[Problem]:
@@ -149,9 +168,7 @@ class _Verification:
     def _presence(self, expected: ExpectedSpan) -> Iterator[Problem]:
         found = len(self._found(expected.key))
         if found == 0:
-            yield self._problem(
-                Fault.MISSING, expected.component, f"no span {expected.name!r} from {expected.component}"
-            )
+            yield self._problem(Fault.MISSING, expected.component, f"no span {self._described(expected)}")
             return
         wanted = None if expected.many else 1
         if expected.count_from:
@@ -159,9 +176,20 @@ class _Verification:
             counts = [n for s in self._found(key) if isinstance(n := s.attributes.get(attribute), int)]
             wanted = sum(counts) if counts else None
         if wanted is not None and found != wanted:
-            message = f"{found} spans {expected.name!r} from {expected.component} where {wanted} must be"
+            message = f"{found} spans {self._described(expected)} where {wanted} must be"
             fault = Fault.MISSING if found < wanted else Fault.COUNT
             yield self._problem(fault, expected.component, message)
+
+    def _described(self, expected: ExpectedSpan) -> str:
+        """Name and sender; where the expectation has it in several places, also whose descendant it is."""
+        spans = self.expectation.spans
+        text, step = f"{expected.name!r} from {expected.component}", expected
+        for _ in spans:
+            if not step.parents or sum((e.name, e.service) == (step.name, step.service) for e in spans) == 1:
+                break
+            step = next(e for e in spans if e.key == step.parents[0])
+            text += f" under {step.name!r}"
+        return text
 
     def _shape(self) -> Iterator[Problem]:
         for span_id in self.trace.duplicates:
@@ -234,7 +262,7 @@ class _Verification:
                 f"span {span.name!r} of {expected.component} lacks {', '.join(missing)}",
             )
         parent = self.trace.parent(span)
-        if parent is not None and not self._allowed(parent, expected):
+        if parent is not None and not self._allowed(parent, expected) and self._has_any(expected.parents):
             yield self._problem(
                 Fault.PARENT,
                 expected.component,
@@ -248,6 +276,10 @@ class _Verification:
                 expected.component,
                 f"span {span.name!r} of {expected.component} must be the root",
             )
+
+    def _has_any(self, keys: tuple[str, ...]) -> bool:
+        """Whether a place is there at all; where it is not, its absence is the problem, and not who lacks it."""
+        return not keys or any(self._found(key) for key in keys)
 
     def _allowed(self, parent: Span, expected: ExpectedSpan) -> bool:
         """Whether the parent is one of the expected; helper spans of the same component may stand between."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llmtrace.errors import UserError
 
@@ -245,7 +245,8 @@ class ScenarioNotes(Strict):
     """What a scenario's smoke test asks of a span that it requires.
 
     ``key`` names it within the scenario; ``name`` is a pattern that replaces the span's own; ``attributes`` must be
-    there; ``many`` allows several.
+    there; ``many`` allows several. ``under`` are keys that replace the span's own parents; a span may be required
+    several times, each time under another. ``forms`` are the forms of a trace in which it must be there; none is all.
     """
 
     key: str
@@ -254,6 +255,8 @@ class ScenarioNotes(Strict):
     many: bool = False
     may_end_late: bool = False
     count: CountNotes | None = None
+    under: list[str] = Field(default_factory=list)
+    forms: list[str] = Field(default_factory=list)
 
 
 class SpanNotes(SignalNotes):
@@ -263,7 +266,14 @@ class SpanNotes(SignalNotes):
     parents: list[str] = Field(default_factory=list)
     remote_parent: bool = False
     links: list[str] = Field(default_factory=list)
-    scenarios: dict[str, ScenarioNotes] = Field(default_factory=dict)
+    scenarios: dict[str, list[ScenarioNotes]] = Field(default_factory=dict)
+
+    @field_validator("scenarios", mode="before")
+    @classmethod
+    def _listed(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: told if isinstance(told, list) else [told] for name, told in given.items()}
 
 
 NotesT = TypeVar("NotesT", bound=Strict)

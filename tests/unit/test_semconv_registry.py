@@ -105,6 +105,55 @@ def test_the_required_edges_of_the_prefix_cache_scenario() -> None:
     assert set(EXPECTATION.hints) == {"client", "collector", "envoy", "picker", "sidecar", "vllm"}
 
 
+def test_the_required_edges_of_the_pd_scenario_below_the_gateway() -> None:
+    def edges(form: str) -> dict[str, tuple[str, tuple[str, ...]]]:
+        spans = expectation(registry(), "pd-disaggregation", form).spans
+        inside = (a.SIDECAR_SERVICE, a.SERVER_SERVICE)
+        return {span.key: (span.name, span.parents) for span in spans if span.service in inside}
+
+    both = {
+        "sidecar": ("llm_d.pd_proxy.* /*", ("gateway", "envoy", "client")),
+        "forward": ("forward_request", ("sidecar",)),
+        "decode_queue": ("queue", ("decode_server",)),
+        "decode_prefill": ("prefill", ("decode_server",)),
+        "decode_decode": ("decode", ("decode_server",)),
+    }
+    split = both | {
+        "prefill_leg": ("prefill", ("forward",)),
+        "prefill_server": ("llm_request", ("prefill_leg",)),
+        "prefill_queue": ("queue", ("prefill_server",)),
+        "prefill_prefill": ("prefill", ("prefill_server",)),
+        "decode_leg": ("decode", ("forward", "prefill_leg")),
+        "decode_server": ("llm_request", ("decode_leg",)),
+    }
+    assert edges("unified") == both | {"decode_server": ("llm_request", ("forward",))}
+    assert edges("split_without_load") == split
+    assert edges("split") == split | {"kv_load": ("kv_load", ("decode_server",))}
+    (late,) = (s for s in expectation(registry(), "pd-disaggregation", "split").spans if s.may_end_late)
+    assert late.key == "decode_leg"
+
+
+def test_a_span_that_a_scenario_requires_in_two_places(tmp_path: Path) -> None:
+    def twice(d: dict[str, Any]) -> None:
+        inner = yaml.safe_load(yaml.safe_dump(d["groups"][1])) | {"id": "span.y"}
+        inner["annotations"]["llmtrace"] = {
+            "name": "y",
+            "parents": ["span.x"],
+            "scenarios": {
+                "s": [{"key": "first", "under": ["x"]}, {"key": "second", "under": ["first"], "forms": ["f"]}]
+            },
+        }
+        d["groups"].append(inner)
+
+    declared = load(write(tmp_path, changed(twice)))
+    assert {s.key: s.parents for s in expectation(declared, "s").spans} == {"x": (), "first": ("x",)}
+    assert {s.key: s.parents for s in expectation(declared, "s", "f").spans} == {
+        "x": (),
+        "first": ("x",),
+        "second": ("first",),
+    }
+
+
 def test_a_scenario_that_the_registry_does_not_know() -> None:
     with pytest.raises(UserError, match="'prefix-cash'"):
         expectation(registry(), "prefix-cash")
@@ -311,6 +360,10 @@ CHANGES: list[tuple[Change, str]] = [
     (
         lambda d: span_notes(d)["scenarios"]["s"].update(count={"span": "y", "attribute": "x.count"}),
         r"group span\.x: s counts by x\.count of y",
+    ),
+    (
+        lambda d: span_notes(d)["scenarios"]["s"].update(under=["nowhere"]),
+        r"group span\.x: s has it under nowhere, which nothing declares",
     ),
 ]
 
