@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import mean
 
 import numpy as np
 
-from bench.overhead.plans import Cell, Variant
-from bench.overhead.rounds import Measured, Sample, Usage
+from bench.overhead.plans import BASE, BUILT_IN_FULL, FULL, PRESSED, Cell, Plan, Variant
+from bench.overhead.rounds import Measured, Sample
 from llmtrace.stats import Interval, cluster_bootstrap
 
 Metric = Callable[[Sample], float]
 MS = 1e3
+MIB = 1 << 20
+STARTS = 6
+"""From how many on they are what the bootstrap draws."""
 
 
 def throughput(sample: Sample) -> float:
@@ -53,7 +57,6 @@ class Percentiles:
 class Summary:
     """One cell over all rounds."""
 
-    cell: Cell
     requests: int
     tokens_per_s: float
     latency: Percentiles
@@ -66,6 +69,16 @@ class Summary:
     spans: float
     """Per request, sampled or not; so the next."""
     bytes: float
+
+
+@dataclass(frozen=True)
+class Changes:
+    """A cell against another of the same rounds, percent."""
+
+    throughput: Interval
+    ttft: Interval
+    tpot: Interval
+    cpu: Interval
 
 
 @dataclass(frozen=True)
@@ -82,30 +95,54 @@ class Losses:
 
     made: float
     """By what the healthy server sends for a request."""
-    taken: int
-    log_lines: int
-    """What the server's log says of it."""
+    lost: float
+    log_lines: float
+    """What a server's log says of it, mean over the starts."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """All numbers of a plan, by the cells' names."""
+
+    plan: Plan
+    summaries: dict[str, Summary]
+    against_none: dict[str, Changes]
+    against_built_in: Changes
+    """llmtrace, every request sampled, against vLLM's own tracing."""
+    memory: dict[str, Memory]
+    losses: dict[str, Losses]
+
+
+def analyse(measured: Measured) -> Result:
+    cells = measured.plan.cells
+    pressed = [cell for cell in (FULL, *PRESSED) if cell in cells]
+    return Result(
+        measured.plan,
+        {cell.name: summary(measured, cell) for cell in cells},
+        {cell.name: changes(measured, cell, BASE) for cell in cells if cell != BASE},
+        changes(measured, FULL, BUILT_IN_FULL),
+        {cell.name: memory(measured, cell.variant) for cell in cells},
+        {cell.name: losses(measured, cell.variant) for cell in pressed},
+    )
+
+
+def changes(measured: Measured, cell: Cell, base: Cell) -> Changes:
+    return Changes(*(change(measured, cell, base, metric) for metric in (throughput, ttft, tpot, cpu)))
 
 
 def change(measured: Measured, cell: Cell, base: Cell, metric: Metric) -> Interval:
     """By how many percent ``cell`` is above ``base``, of the same rounds: geometric mean, 95 % interval.
 
-    The bootstrap draws whole starts if there are enough of them, for what two processes of one program differ by stays
-    with them all their life; else rounds.
+    With STARTS starts or more the bootstrap draws whole starts, for what two processes of one program differ by stays
+    with them all their life; with fewer, it draws rounds.
     """
-    found = {(each.start, each.round): metric(each) for each in measured.samples if each.cell == base}
-    pairs = [
-        (each.start, each.round, np.log(metric(each) / found[each.start, each.round]))
-        for each in measured.samples
-        if each.cell == cell
-    ]
-    clusters: Sequence[object] = [(start, number) for start, number, _ in pairs]
-    interval = cluster_bootstrap([float(each) for *_, each in pairs], clusters, lambda values: float(np.mean(values)))
-    return Interval(**{name: percent(value) for name, value in interval})
-
-
-def percent(log_ratio: float) -> float:
-    return float(np.expm1(log_ratio)) * 100
+    bases = {(each.start, each.round): metric(each) for each in measured.samples if each.cell == base}
+    samples = [each for each in measured.samples if each.cell == cell]
+    ratios = [math.log(metric(each) / bases[each.start, each.round]) for each in samples]
+    by_start = measured.plan.starts >= STARTS
+    clusters = [each.start if by_start else (each.start, each.round) for each in samples]
+    interval = cluster_bootstrap(ratios, clusters, lambda values: float(np.mean(values)))
+    return Interval(**{name: math.expm1(value) * 100 for name, value in interval})
 
 
 def summary(measured: Measured, cell: Cell) -> Summary:
@@ -113,7 +150,6 @@ def summary(measured: Measured, cell: Cell) -> Summary:
     times = [each for sample in samples for each in sample.load.times]
     count = len(times)
     return Summary(
-        cell,
         count,
         sum(each.load.tokens for each in samples) / sum(each.load.seconds for each in samples),
         Percentiles.of(each.latency for each in times),
@@ -129,16 +165,13 @@ def summary(measured: Measured, cell: Cell) -> Summary:
 
 def memory(measured: Measured, variant: Variant) -> Memory:
     found = [each.memory for each in measured.usages if each.variant == variant]
-    return Memory(mean(each.rss for each in found) / 2**20, mean(each.pss for each in found) / 2**20)
+    return Memory(mean(each.rss for each in found) / MIB, mean(each.pss for each in found) / MIB)
 
 
-def losses(measured: Measured, variant: Variant, healthy: Variant) -> Losses:
-    def total(of: Variant, value: Callable[[Usage], int]) -> int:
-        return sum(value(each) for each in measured.usages if each.variant == of)
-
-    per_request = total(healthy, lambda each: each.exported.spans) / total(healthy, lambda each: each.sampled)
-    return Losses(
-        total(variant, lambda each: each.sampled) * per_request,
-        total(variant, lambda each: each.exported.spans),
-        total(variant, lambda each: each.complaints),
-    )
+def losses(measured: Measured, variant: Variant) -> Losses:
+    healthy = [each for each in measured.usages if each.variant == FULL.variant]
+    per_request = sum(each.exported.spans for each in healthy) / sum(each.sampled for each in healthy)
+    found = [each for each in measured.usages if each.variant == variant]
+    made = sum(each.sampled for each in found) * per_request
+    taken = sum(each.exported.spans for each in found)
+    return Losses(made, made - taken, mean(each.complaints for each in found))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -49,8 +49,9 @@ class Cell:
 
 BASE = Cell(NONE, 0.0)
 NOISE = Cell(CONTROL, 0.0)
+BUILT_IN_FULL = Cell(BUILT_IN, 1.0)
 FULL = Cell(PLUGIN, 1.0)
-COMPARED = (BASE, Cell(BUILT_IN, 1.0), FULL)
+COMPARED = (BASE, BUILT_IN_FULL, FULL)
 LADDER = (Cell(PLUGIN, 0.0), Cell(PLUGIN, 0.01), Cell(PLUGIN, 0.1), FULL)
 PRESSED = (Cell(HANGS, 1.0), Cell(DOWN, 1.0))
 
@@ -83,8 +84,8 @@ TINY = Plan(
     model="tiny, random weights",
     path=None,
     cells=tuple(dict.fromkeys((*COMPARED, NOISE, *LADDER, *PRESSED))),
-    starts=4,
-    rounds=10,
+    starts=8,
+    rounds=5,
     requests=96,
     concurrency=8,
     prompt_tokens=128,
@@ -103,3 +104,6 @@ SMOL = Plan(
     output_tokens=24,
     vocabulary=40_000,
 )
+
+QUICK = replace(TINY, cells=tuple(dict.fromkeys((*COMPARED, *LADDER))), starts=1, rounds=2, requests=48)
+"""A smoke run."""

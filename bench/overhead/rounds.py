@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -11,15 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.overhead import load
-from bench.overhead.plans import BUILT_IN, PLUGIN, PYTHON, Cell, Plan, Variant
+from bench.overhead.plans import BUILT_IN, PLUGIN, Cell, Plan, Variant
 from bench.overhead.servers import Cpu, Memory, Server, serve
 from bench.sink import Counts
 
 SETTLE_S = 0.75
 """After a load, so that the last batch of spans is exported, and paid for, before the next server's turn."""
 WARM_UP_ROUNDS = 2
-FLUSH_TIMEOUT_S = 10
-TINY_MODEL_SCRIPT = Path(__file__).with_name("tiny_model.py")
 
 Say = Callable[[str], None]
 
@@ -63,9 +60,8 @@ class Measured:
     usages: list[Usage]
 
 
-def measure(plan: Plan, plugin: Path, folder: Path, say: Say) -> Measured:
-    """Run ``plan``; ``plugin`` is the folder with the plugin, ``folder`` takes model and logs."""
-    model = plan.path or _tiny_model(folder / "tiny-model")
+def measure(plan: Plan, model: Path, plugin: Path, folder: Path, say: Say) -> Measured:
+    """Run ``plan`` with ``model``; ``plugin`` is the folder with the plugin, ``folder`` takes the logs."""
     measured = Measured(plan, [], [])
     for start in range(plan.starts):
         say(f"{plan.model}: starting {len(plan.variants)} servers ({start + 1} of {plan.starts})")
@@ -146,9 +142,3 @@ class _Start:
                 sys.exit(
                     f"{variant.name}: {spans} spans for {sampled} requests; its log:\n{server.log.read_text()[-4000:]}"
                 )
-
-
-def _tiny_model(folder: Path) -> Path:
-    if not folder.exists():
-        subprocess.run([str(PYTHON), str(TINY_MODEL_SCRIPT), str(folder)], check=True)
-    return folder

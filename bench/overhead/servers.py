@@ -18,6 +18,7 @@ from bench.processes import free_ports, process, wait
 from bench.sink import Counts, Receiver, sink
 
 ROOT = Path(__file__).parents[2]
+TINY_MODEL_SCRIPT = Path(__file__).with_name("tiny_model.py")
 START_TIMEOUT_S = 600
 HANGS_S = 60.0
 """Longer than the 10 s after which an OTLP exporter gives up."""
@@ -93,6 +94,11 @@ def install_plugin(folder: Path) -> Path:
     return folder
 
 
+def make_tiny_model(folder: Path) -> Path:
+    subprocess.run([str(PYTHON), str(TINY_MODEL_SCRIPT), str(folder)], check=True, capture_output=True)
+    return folder
+
+
 @contextmanager
 def serve(model: Path, variants: tuple[Variant, ...], plugin: Path, logs: Path) -> Iterator[dict[Variant, Server]]:
     """Start one server for each variant, all at once, and yield them when all answer."""
@@ -120,6 +126,7 @@ def _command(model: Path, port: int) -> list[str]:
         *("--model", str(model), "--served-model-name", "bench", "--host", "127.0.0.1", "--port", str(port)),
         *("--dtype", "bfloat16", "--max-model-len", "1024", "--block-size", "32", "--enforce-eager"),
         *("--kv-cache-memory-bytes", str(KV_CACHE_BYTES), "--gpu-memory-utilization", "0.15"),
+        *("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"),
     ]
 
 
