@@ -89,7 +89,8 @@ class Server:
 
 def install_plugin(folder: Path) -> Path:
     """Put this checkout into ``folder``, which only the servers that shall have the plugin can import from."""
-    command = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), str(ROOT)]
+    command = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--no-deps", "--refresh-package", "llmtrace"]
+    command += ["--target", str(folder), str(ROOT)]
     subprocess.run(command, check=True)
     return folder
 

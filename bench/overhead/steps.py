@@ -40,7 +40,7 @@ from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.structured_output import StructuredOutputManager
 
-from llmtrace.engine import plugin
+from llmtrace.engine import frontend, plugin
 from llmtrace.engine.hooks import Guard
 
 RUNNING = (1, 32, 256)
@@ -233,6 +233,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # as vLLM's engine core does when it is ready
     found: dict[int, dict[str, float]] = {}
+    frontend.PAUSE_S = 0.0  # All requests end together here, and nobody wants to wait.
     for count in RUNNING:
         unsampled, sampled = measure(engine, clock, count, "00"), measure(engine, clock, count, "01")
         found[count] = {
