@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 
-STOP_TIMEOUT_S = 30
+STOP_TIMEOUT_S = 15
 
 
 def free_ports(count: int) -> list[int]:

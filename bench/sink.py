@@ -49,6 +49,7 @@ def sink(delays_s: Sequence[float] = (0.0,)) -> Iterator[list[Receiver]]:
     here, there = context.Pipe(duplex=False)
     child = context.Process(target=_run, args=(list(delays_s), memory, there), daemon=True)
     child.start()
+    there.close()
     try:
         if not here.poll(START_TIMEOUT_S):
             raise TimeoutError(f"the sink did not say its ports within {START_TIMEOUT_S} s")
