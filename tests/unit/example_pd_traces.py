@@ -133,7 +133,7 @@ def _gateway(r: Request) -> dict[str, object]:
         return {"gen_ai.request.id": "r-1"}
     return {
         "gen_ai.request.id": "r-1",
-        "llmtrace.endpoint": f"127.0.0.1:{PORTS[r.decode] + 100}",
+        "llmtrace.endpoint.address": f"127.0.0.1:{PORTS[r.decode] + 100}",
         "llmtrace.endpoint.name": f"default/{r.decode}",
         "llmtrace.gateway.ttft_ms": r.ttft_ms - 3,
     }

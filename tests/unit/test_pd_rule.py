@@ -24,6 +24,8 @@ from llmtrace.scenarios.pd_disaggregation.rule import (
     read_decider,
     reason,
 )
+from llmtrace.semconv import attributes as a
+from llmtrace.semconv.definitions import registry
 from llmtrace.stack import Stack
 
 THRESHOLD = Decider(PREFIX_DECIDER, 512, 128)
@@ -31,6 +33,10 @@ DECIDERS = st.one_of(
     st.just(Decider(ALWAYS_DECIDER)),
     st.builds(Decider, st.just(PREFIX_DECIDER), st.integers(0, 3000), st.integers(0, 500)),
 )
+
+
+def test_the_reasons_are_those_that_the_registry_declares() -> None:
+    assert [str(reason) for reason in Reason] == list(registry().attributes[a.PD_REASON].members)
 
 
 @pytest.mark.parametrize(

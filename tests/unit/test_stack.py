@@ -40,14 +40,6 @@ def test_without_a_stack_the_error_says_what_to_run(tmp_path: Path) -> None:
         Stack.load(tmp_path / "stack.json")
 
 
-def test_a_file_without_roles_and_scenario_is_that_of_the_first_scenario() -> None:
-    stack = Stack.model_validate(STACK)
-    assert (stack.scenario, [server.role for server in stack.servers]) == ("prefix-cache", ["both"])
-    role = {**STACK["servers"][0], "role": "cook"}  # type: ignore[index]
-    with pytest.raises(ValueError, match="role"):
-        Stack.model_validate({**STACK, "servers": [role]})
-
-
 @pytest.mark.parametrize("text", ["", "{}", "no json", '{"profile": "local", "surprise": 1}'])
 def test_a_broken_state_file_is_one_sentence(tmp_path: Path, text: str) -> None:
     path = tmp_path / "stack.json"

@@ -7,7 +7,6 @@ from typing import Literal
 
 from llmtrace.scenarios.facts import integer, number, text
 from llmtrace.semconv import attributes as a
-from llmtrace.semconv import engine as names
 from llmtrace.traces.model import Span, Trace
 
 Leg = Literal["prefill", "decode"]
@@ -89,20 +88,20 @@ def _engine(trace: Trace, request: Span) -> Engine:
     phases: dict[str, list[Span]] = {}
     for child in trace.children(request):
         phases.setdefault(child.name, []).append(child)
-    prefill = phases.get(names.PREFILL_SPAN, [None])[-1]
-    decode = phases.get(names.DECODE_SPAN, [None])[-1]
+    prefill = phases.get(a.PREFILL_SPAN, [None])[-1]
+    decode = phases.get(a.DECODE_SPAN, [None])[-1]
     of_prefill = prefill.attributes if prefill else {}
     return Engine(
         server=request.instance,
-        engine_id=text(request.attributes.get(names.ENGINE_ID)),
+        engine_id=text(request.attributes.get(a.ENGINE_ID)),
         prompt_tokens=integer(request.attributes.get(a.VLLM_PROMPT_TOKENS)),
-        queue_ms=sum(s.duration_ms for s in phases[names.QUEUE_SPAN]) if names.QUEUE_SPAN in phases else None,
+        queue_ms=sum(s.duration_ms for s in phases[a.QUEUE_SPAN]) if a.QUEUE_SPAN in phases else None,
         prefill_ms=prefill.duration_ms if prefill else None,
-        computed_tokens=integer(of_prefill.get(names.COMPUTED_TOKENS)),
-        local_cached_tokens=integer(of_prefill.get(names.LOCAL_CACHED_TOKENS)),
-        external_cached_tokens=integer(of_prefill.get(names.EXTERNAL_CACHED_TOKENS)),
-        longest_gap_ms=number(decode.attributes.get(names.GAP_MAX)) if decode else None,
-        load=_load(phases.get(names.KV_LOAD_SPAN, [])),
+        computed_tokens=integer(of_prefill.get(a.COMPUTED_TOKENS)),
+        local_cached_tokens=integer(of_prefill.get(a.LOCAL_CACHED_TOKENS)),
+        external_cached_tokens=integer(of_prefill.get(a.EXTERNAL_CACHED_TOKENS)),
+        longest_gap_ms=number(decode.attributes.get(a.TOKEN_GAP_MAX)) if decode else None,
+        load=_load(phases.get(a.KV_LOAD_SPAN, [])),
     )
 
 
@@ -112,10 +111,10 @@ def _load(spans: list[Span]) -> Load | None:
     last = spans[-1].attributes
     return Load(
         wait_ms=sum(s.duration_ms for s in spans),
-        transfer_ms=number(last.get(names.LOAD_TRANSFER_TIME)),
-        tokens=integer(last.get(names.LOAD_TOKENS)),
-        blocks=integer(last.get(names.LOAD_BLOCKS)),
-        bytes=integer(last.get(names.LOAD_BYTES)),
-        failed=last.get(names.LOAD_FAILED) is True,
-        remote_engine_id=text(last.get(names.LOAD_REMOTE_ENGINE)),
+        transfer_ms=number(last.get(a.KV_LOAD_TRANSFER_TIME)),
+        tokens=integer(last.get(a.KV_LOAD_TOKENS)),
+        blocks=integer(last.get(a.KV_LOAD_BLOCKS)),
+        bytes=integer(last.get(a.KV_LOAD_BYTES)),
+        failed=last.get(a.KV_LOAD_FAILED) is True,
+        remote_engine_id=text(last.get(a.KV_LOAD_REMOTE_ENGINE)),
     )
