@@ -162,13 +162,22 @@ class _Verification:
         hint = self.expectation.hints.get(component, "")
         return Problem(trace_id=self.trace.trace_id, fault=fault, component=component, message=message, hint=hint)
 
+    def _component(self, span: Span) -> str:
+        expected = self.classes[id(span)]
+        return expected.component if expected else self.expectation.component(span)
+
     def _found(self, key: str) -> list[Span]:
         return [s for s in self.distinct if (e := self.classes[id(s)]) is not None and e.key == key]
 
     def _presence(self, expected: ExpectedSpan) -> Iterator[Problem]:
         found = len(self._found(expected.key))
         if found == 0:
-            yield self._problem(Fault.MISSING, expected.component, f"no span {self._described(expected)}")
+            # Below another component's span that is missing itself, nothing is known of this one.
+            above = [
+                e for e in self.expectation.spans if e.key in expected.parents and e.component != expected.component
+            ]
+            if not above or any(self._found(key) for key in expected.parents):
+                yield self._problem(Fault.MISSING, expected.component, f"no span {self._described(expected)}")
             return
         wanted = None if expected.many else 1
         if expected.count_from:
@@ -196,7 +205,7 @@ class _Verification:
             span = self.trace.by_id[span_id]
             yield self._problem(
                 Fault.DUPLICATE,
-                self.expectation.component(span),
+                self._component(span),
                 f"span {span.name!r} ({span_id}) came more than once",
             )
         for span in self.trace.orphans:
@@ -204,16 +213,16 @@ class _Verification:
         for span in self.trace.roots:
             expected = self.classes[id(span)]
             if expected is None or expected.parents:
-                component = self.expectation.component(span)
+                component = self._component(span)
                 yield self._problem(Fault.ROOT, component, f"span {span.name!r} of {component} has no parent")
         reached = {id(span) for _, span in self.trace.walk()}
         for span in self.distinct:
             if id(span) not in reached:
-                component = self.expectation.component(span)
+                component = self._component(span)
                 yield self._problem(Fault.CYCLE, component, f"span {span.name!r} of {component} is its own ancestor")
 
     def _orphan(self, span: Span) -> Iterator[Problem]:
-        component = self.expectation.component(span)
+        component = self._component(span)
         expected = self.classes[id(span)]
         absent = [
             e for e in self.expectation.spans if expected and e.key in expected.parents and not self._found(e.key)
@@ -228,15 +237,15 @@ class _Verification:
 
     def _identity(self, span: Span) -> Iterator[Problem]:
         if span.trace_id != self.trace.trace_id:
-            component = self.expectation.component(span)
+            component = self._component(span)
             yield self._problem(Fault.TRACE_ID, component, f"span {span.name!r} belongs to trace {span.trace_id}")
         if span.status == "ERROR":
-            component = self.expectation.component(span)
+            component = self._component(span)
             text = f": {span.status_message}" if span.status_message else ""
             yield self._problem(Fault.ERROR, component, f"span {span.name!r} of {component} ended with an error{text}")
 
     def _time(self, span: Span) -> Iterator[Problem]:
-        component = self.expectation.component(span)
+        component = self._component(span)
         if span.end_ns < span.start_ns:
             yield self._problem(Fault.TIME, component, f"span {span.name!r} of {component} ends before it starts")
         parent = self.trace.parent(span)
@@ -267,7 +276,7 @@ class _Verification:
                 Fault.PARENT,
                 expected.component,
                 f"span {span.name!r} of {expected.component} hangs under {parent.name!r} of "
-                f"{self.expectation.component(parent)}, not under "
+                f"{self._component(parent)}, not under "
                 f"{' or '.join(expected.parents) or 'nothing'}",
             )
         elif span.parent_id is not None and not expected.parents:

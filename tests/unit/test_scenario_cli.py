@@ -94,7 +94,7 @@ def test_a_trace_as_tree_json_and_for_perfetto(tmp_path: Path) -> None:
     exported = tmp_path / "trace.json"
     assert "gateway.request_orchestration" in invoke("trace", TRACE.trace_id, "--perfetto", str(exported))
     assert json.loads(exported.read_text())["traceEvents"]
-    assert len(json.loads(invoke("trace", TRACE.trace_id.upper(), "--json"))["spans"]) == 12
+    assert len(json.loads(invoke("trace", TRACE.trace_id.upper(), "--json"))["spans"]) == 15
 
 
 @pytest.mark.parametrize(

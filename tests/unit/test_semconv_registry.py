@@ -99,10 +99,13 @@ def test_the_required_edges_of_the_prefix_cache_scenario() -> None:
         "scorer": (("scoring",), "INTERNAL", a.PICKER_SERVICE),
         "pick": (("profile",), "INTERNAL", a.PICKER_SERVICE),
         "server": (("gateway", "envoy", "client"), "SERVER", a.SERVER_SERVICE),
+        "queue": (("server",), "INTERNAL", a.SERVER_SERVICE),
+        "prefill": (("server",), "INTERNAL", a.SERVER_SERVICE),
+        "decode": (("server",), "INTERNAL", a.SERVER_SERVICE),
     }
     (scorer,) = (span for span in EXPECTATION.spans if span.key == "scorer")
     assert scorer.count_from == ("scoring", a.SCORER_COUNT)
-    assert set(EXPECTATION.hints) == {"client", "collector", "envoy", "picker", "sidecar", "vllm"}
+    assert set(EXPECTATION.hints) == {"client", "collector", "engine", "envoy", "picker", "sidecar", "vllm"}
 
 
 def test_the_required_edges_of_the_pd_scenario_below_the_gateway() -> None:
