@@ -26,7 +26,7 @@ def folded(trace: Trace) -> str:
 
 def test_the_tree_shows_every_span_indented_with_its_sender() -> None:
     lines = text(request_trace(cached=1280)).splitlines()
-    assert "12 spans" in lines[0]
+    assert "15 spans" in lines[0]
     line = {
         name: next(x for x in lines if name in x)
         for name in ("chat smol", "ingress", "gateway.request ", "llm_request")
