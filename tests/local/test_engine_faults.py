@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from engine_faults import FILE, INSTALL, SECRET
-from engine_servers import MODEL, ModelServer, in_trace, new_trace_id, serving
+from engine_servers import MODEL, ModelServer, describe_package, in_trace, new_trace_id, serving
 from engine_trees import trees
 from engine_workload import LIKELY, STOPS, Planned, completion, send
 from loopback import Receiver, receiving, until
@@ -51,10 +51,7 @@ class Faulty:
 
     def __init__(self, folder: Path, receiver: Receiver, **environment: str) -> None:
         plugin = folder / "plugin"
-        metadata = plugin / "llmtrace_faults-0.dist-info"
-        metadata.mkdir(parents=True)
-        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: llmtrace-faults\nVersion: 0\n")
-        (metadata / "entry_points.txt").write_text("[vllm.general_plugins]\nfaults = engine_faults:register\n")
+        describe_package(plugin, "llmtrace-faults", "0", "[vllm.general_plugins]\nfaults = engine_faults:register\n")
         shutil.copy(Path(__file__).with_name("engine_faults.py"), plugin)
         self._order = folder / "order.json"
         self._run = 0

@@ -173,21 +173,11 @@ def test_everything_is_as_declared(counted: tuple[list[Answered], str, str], rec
 
 async def hang_up_in_the_queue(server: ModelServer, long: list[Planned], given_up: list[Planned]) -> None:
     """Fill the batch with ``long``, queue ``given_up`` behind them, let those hang up, and see the others through."""
-
-    async def waiting_for(number: int) -> None:
-        page = server.metrics
-        for _ in range(200):
-            text = await asyncio.to_thread(page)
-            if sample_sum(text, "vllm:num_requests_running") + sample_sum(text, "vllm:num_requests_waiting") >= number:
-                return
-            await asyncio.sleep(0.02)
-        pytest.fail(f"vLLM never had {number} requests at once")
-
     async with client(server) as connection:
         running = [asyncio.create_task(answer(connection, request)) for request in long]
-        await waiting_for(len(long))
         waiting = [asyncio.create_task(answer(connection, request)) for request in given_up]
-        await waiting_for(len(long) + len(given_up))
+        while sample_sum(await asyncio.to_thread(server.metrics), "vllm:num_requests_waiting") < len(given_up):
+            assert not all(task.done() for task in running), "the queue never grew"
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
@@ -195,18 +185,21 @@ async def hang_up_in_the_queue(server: ModelServer, long: list[Planned], given_u
 
 
 def test_clients_that_hang_up_in_the_queue(server: ModelServer, receiver: Receiver) -> None:
-    long = [completion("long", f"{number} " + "y" * 90, 200) for number in range(BATCH)]
+    long = [completion("long", f"{number} " + "y" * 90, 500) for number in range(BATCH)]
     given_up = [
-        completion("given up", f"{number} " + "z" * 300, 20, n=1 + number % 2, stream=number > 3) for number in range(8)
+        completion("given up", f"{number} " + "z" * 300, LONG // 2, n=1 + number % 2, stream=number > 6)
+        for number in range(12)
     ]
     asyncio.run(hang_up_in_the_queue(server, long, given_up))
     settle(server, receiver)
     for request in long:
         assert [tree.reason for tree in trees_of(receiver, request)] == ["length"]
-    for request in given_up:
-        for tree in trees_of(receiver, request):
-            assert tree.order == ["queue"]
-            check_aborted(tree)
+    # One that had not come as far as the engine has no trace.
+    known = [request for request in given_up if receiver.of(request.trace_id)]
+    found = [tree for request in known for tree in trees_of(receiver, request)]
+    for tree in found:
+        check_aborted(tree)
+    assert len([tree for tree in found if tree.order == ["queue"]]) >= len(given_up) - BATCH
 
 
 def check_aborted(tree: Tree) -> None:
