@@ -11,7 +11,7 @@ import numpy as np
 
 from bench.overhead.plans import BASE, BUILT_IN_FULL, FULL, PRESSED, Cell, Plan, Variant
 from bench.overhead.rounds import Measured, Sample
-from llmtrace.stats import RESAMPLES, Interval, cluster_bootstrap
+from llmtrace.stats import ClusterMeans, Interval
 
 Metric = Callable[[Sample], float]
 MS = 1e3
@@ -113,24 +113,24 @@ class Result:
     losses: dict[str, Losses]
 
 
-def analyse(measured: Measured, resamples: int = RESAMPLES) -> Result:
+def analyse(measured: Measured) -> Result:
     cells = measured.plan.cells
     pressed = [cell for cell in (FULL, *PRESSED) if cell in cells]
     return Result(
         measured.plan,
         {cell.name: summary(measured, cell) for cell in cells},
-        {cell.name: changes(measured, cell, BASE, resamples) for cell in cells if cell != BASE},
-        changes(measured, FULL, BUILT_IN_FULL, resamples),
+        {cell.name: changes(measured, cell, BASE) for cell in cells if cell != BASE},
+        changes(measured, FULL, BUILT_IN_FULL),
         {cell.name: memory(measured, cell.variant) for cell in cells},
         {cell.name: losses(measured, cell.variant) for cell in pressed},
     )
 
 
-def changes(measured: Measured, cell: Cell, base: Cell, resamples: int) -> Changes:
-    return Changes(*(change(measured, cell, base, metric, resamples) for metric in (throughput, ttft, tpot, cpu)))
+def changes(measured: Measured, cell: Cell, base: Cell) -> Changes:
+    return Changes(*(change(measured, cell, base, metric) for metric in (throughput, ttft, tpot, cpu)))
 
 
-def change(measured: Measured, cell: Cell, base: Cell, metric: Metric, resamples: int = RESAMPLES) -> Interval:
+def change(measured: Measured, cell: Cell, base: Cell, metric: Metric) -> Interval:
     """By how many percent ``cell`` is above ``base``, of the same rounds: geometric mean, 95 % interval.
 
     With STARTS starts or more the bootstrap draws whole starts, for what two processes of one program differ by stays
@@ -140,8 +140,8 @@ def change(measured: Measured, cell: Cell, base: Cell, metric: Metric, resamples
     samples = [each for each in measured.samples if each.cell == cell]
     ratios = [math.log(metric(each) / bases[each.start, each.round]) for each in samples]
     by_start = measured.plan.starts >= STARTS
-    clusters = [each.start if by_start else (each.start, each.round) for each in samples]
-    interval = cluster_bootstrap(ratios, clusters, lambda values: float(np.mean(values)), resamples=resamples)
+    means = ClusterMeans([each.start if by_start else (each.start, each.round) for each in samples])
+    interval = means.interval(means.sums(np.asarray(ratios)))
     return Interval(**{name: math.expm1(value) * 100 for name, value in interval})
 
 

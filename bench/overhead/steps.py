@@ -16,6 +16,7 @@ import gc
 import json
 import statistics
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -87,6 +88,8 @@ class Clock:
         def timed_run(guard: Guard, where: str, *args: Any, **kwargs: Any) -> Any:
             self.guards = [guard]
             place = PLACES.get(where.partition(".")[0], START)
+            if where.startswith("SpanProcessor") and threading.current_thread() is threading.main_thread():
+                place = API_SERVER  # In the other thread it is part of making the spans.
             return self.time(place, run, guard, where, *args, **kwargs)
 
         @functools.wraps(do_tracing)

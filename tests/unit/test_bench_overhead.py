@@ -192,7 +192,7 @@ def whole() -> analysis.Result:
         found.samples.extend(sample(cell, 0, number, 1.0) for number in range(3))
     for variant in TINY.variants:
         found.usages.append(Usage(variant, 0, Memory(2 << 30, 1 << 30), 100, Counts(9, 400, 9), 0))
-    return analysis.analyse(found, resamples=100)
+    return analysis.analyse(found)
 
 
 def test_the_page_has_a_row_for_every_cell_and_is_written_between_its_markers(tmp_path: Path) -> None:
