@@ -37,6 +37,7 @@ class Handle:
     def __init__(self) -> None:
         self.pool = Pool("bench")
         self.metrics = Metrics(self.pool)
+        self.tracer = Tracer(TracerProvider(), None, "bench")
 
 
 class Discard(SpanProcessor):

@@ -16,6 +16,7 @@ import uvloop
 
 from llmtrace.errors import UserError
 from llmtrace.picker.config import nearest
+from llmtrace.picker.durations import seconds
 from llmtrace.picker.server import Options, PickerServer
 from llmtrace.picker.spans import FastSpanExporter, Tracer
 from llmtrace.telemetry import setup_tracing
@@ -24,7 +25,6 @@ SERVICE_NAME = "llm-d-epp"
 SCOPE = "llmtrace.picker"
 SWITCH_INTERVAL_S = 0.0002
 DEFAULT_REFRESH = "500ms"
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,10 +36,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _duration(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m)", text)
-    if match is None or float(match[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no duration such as 500ms or 2s")
-    return float(match[1]) * _UNITS[match[2]]
+    try:
+        return seconds(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _port(text: str) -> int:

@@ -28,6 +28,7 @@ from llmtrace.picker.plugin import (
     Producer,
     ProfileHandler,
     Scorer,
+    Tokenizer,
 )
 
 DEFAULT_WEIGHT = 1.0
@@ -119,9 +120,11 @@ class Configuration:
     """What a configuration file amounts to."""
 
     discovery: Discovery[Any]
+    tokenizer: Tokenizer[Any] | None
     producers: tuple[Producer[Any], ...]
     handler: ProfileHandler[Any]
     profiles: dict[str, Profile]
+    plugins: tuple[AnyPlugin, ...]
 
 
 def load(path: Path, handle: Handle) -> Configuration:
@@ -168,7 +171,9 @@ class _Builder:
             raise UserError("schedulingProfiles has two profiles of the same name")
         handler = self._handler(profiles)
         self._default_producers(profiles)
-        return Configuration(discovery, tuple(self._of(Producer)), handler, by_name)
+        producers = tuple(self._of(Producer))
+        tokenizer = self._tokenizer(producers)
+        return Configuration(discovery, tokenizer, producers, handler, by_name, tuple(self._plugins.values()))
 
     def _make(self, spec: PluginSpec, where: str) -> AnyPlugin:
         name = spec.name or spec.type
@@ -246,6 +251,18 @@ class _Builder:
         if isinstance(handlers[0], single) and len(profiles) != 1:
             raise UserError(f"{single.type} takes one scheduling profile; there are {len(profiles)}")
         return handlers[0]
+
+    def _tokenizer(self, producers: Iterable[Producer[Any]]) -> Tokenizer[Any] | None:
+        tokenizers = self._of(Tokenizer)
+        if len(tokenizers) > 1:
+            raise UserError(f"there are two token producers, {tokenizers[0].name!r} and {tokenizers[1].name!r}")
+        needy = next((producer for producer in producers if producer.needs_tokens), None)
+        if needy is not None and not tokenizers:
+            raise UserError(
+                f"plugin {needy.name!r} needs the tokens of prompts: "
+                f"add a plugin of type {plugins.token_producer.TokenProducer.type}"
+            )
+        return tokenizers[0] if tokenizers else None
 
     def _default_producers(self, profiles: Sequence[Profile]) -> None:
         """As llm-d does, make the producer of what a scorer reads, where the file has none."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llmtrace.picker.endpoints import Endpoint, Pool
     from llmtrace.picker.metrics import Metrics
     from llmtrace.picker.request import InferenceRequest
-    from llmtrace.picker.spans import Attributes
+    from llmtrace.picker.spans import Attributes, Tracer
 
 
 class Parameters(BaseModel):
@@ -37,6 +37,10 @@ class Handle(Protocol):
     def metrics(self) -> Metrics:
         """The picker's own metrics."""
 
+    @property
+    def tracer(self) -> Tracer:
+        """The picker's tracer."""
+
 
 class Plugin(Generic[ParametersT]):
     """A configured plugin. ``type`` is llm-d's plugin type; ``name`` the configured name."""
@@ -48,6 +52,9 @@ class Plugin(Generic[ParametersT]):
         self.name = name
         self.parameters = parameters
         self.handle = handle
+
+    async def run(self) -> None:
+        """What the plugin does beside requests, until cancelled; by default nothing."""
 
 
 class Scorer(Plugin[ParametersT]):
@@ -70,8 +77,19 @@ class Picker(Plugin[ParametersT]):
         raise NotImplementedError
 
 
+class Tokenizer(Plugin[ParametersT]):
+    """Finds the tokens of a request's prompts before anything else is done with it."""
+
+    async def tokenize(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> None:
+        """Put the token ids into ``request.prompts``; where they cannot be had, leave its estimate as it is."""
+        raise NotImplementedError
+
+
 class Producer(Plugin[ParametersT]):
     """Prepares data about a request before it is scheduled, and learns where it went."""
+
+    needs_tokens: ClassVar[bool] = False
+    """Whether it can do nothing without a tokenizer."""
 
     def produce(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> None:
         """Put the data under the plugin's name into ``request.data``."""

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmtrace.picker.spans import NO_SPAN, Span
 from llmtrace.semconv import attributes as a
 
 BYTES_PER_TOKEN = 4
@@ -54,8 +56,10 @@ def no_result(message: str) -> RequestError:
 class InferenceRequest:
     """A parsed request.
 
-    ``prompts`` holds the input of each prompt as bytes, four bytes a (pseudo-)token, zero-padded. ``data`` is what
-    producers found out, by producer name. ``model`` is empty where the path is none of the known APIs.
+    ``prompts`` holds the input of each prompt as bytes, four bytes a (pseudo-)token, zero-padded; ``tokenized`` says
+    that these are the token ids that the model will see. ``data`` is what producers found out, by producer name.
+    ``model`` is empty where the path is none of the known APIs. ``body`` is kept until the request is scheduled, and
+    ``span`` is the one under which that is traced.
     """
 
     id: str
@@ -67,6 +71,9 @@ class InferenceRequest:
     fairness_id: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    tokenized: bool = False
+    body: Body | None = field(default=None, repr=False)
+    span: Span = field(default=NO_SPAN, repr=False)
 
 
 def parse(request_id: str, headers: Mapping[str, str], raw: bytes) -> InferenceRequest:
@@ -97,6 +104,7 @@ def parse(request_id: str, headers: Mapping[str, str], raw: bytes) -> InferenceR
     salt = body.get("cache_salt")
     request.cache_salt = _readable(salt, "cache_salt") if isinstance(salt, str) else ""
     request.stream = body.get("stream") is True
+    request.body = body
     return request
 
 
@@ -117,8 +125,13 @@ def _aligned(raw: bytes) -> bytes:
     return raw + bytes(-len(raw) % BYTES_PER_TOKEN)
 
 
+def token_bytes(ids: Sequence[int]) -> bytes:
+    """Token ids, each of 32 bits at most, as :class:`InferenceRequest` holds them."""
+    return struct.pack(f"<{len(ids)}I", *ids)
+
+
 def _tokens(ids: list[int]) -> bytes:
-    return b"".join((token & 0xFFFFFFFF).to_bytes(BYTES_PER_TOKEN, "little") for token in ids)
+    return token_bytes([token & 0xFFFFFFFF for token in ids])
 
 
 def _chat(body: Body) -> list[bytes]:

@@ -6,10 +6,12 @@ from llmtrace.picker.plugins import (
     kv_cache_utilization_scorer,
     load_aware_scorer,
     max_score_picker,
+    precise_prefix_cache_producer,
     prefix_cache_scorer,
     queue_scorer,
     random_picker,
     single_profile_handler,
+    token_producer,
     weighted_random_picker,
 )
 
@@ -19,9 +21,11 @@ __all__ = [
     "kv_cache_utilization_scorer",
     "load_aware_scorer",
     "max_score_picker",
+    "precise_prefix_cache_producer",
     "prefix_cache_scorer",
     "queue_scorer",
     "random_picker",
     "single_profile_handler",
+    "token_producer",
     "weighted_random_picker",
 ]

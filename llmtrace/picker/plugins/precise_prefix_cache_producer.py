@@ -1,0 +1,231 @@
+"""precise-prefix-cache-producer: how much of the prompt each endpoint has cached, from the events of its KV cache."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar, Literal
+
+from opentelemetry.trace import SpanKind
+from pydantic import BeforeValidator, Field
+
+from llmtrace.picker.durations import seconds
+from llmtrace.picker.endpoints import Endpoint
+from llmtrace.picker.kv_blocks import KVBlockIndex
+from llmtrace.picker.kv_events import Message
+from llmtrace.picker.kv_subscription import Source, Subscriptions
+from llmtrace.picker.plugin import REGISTRY, Handle, Parameters, Producer
+from llmtrace.picker.plugins.approx_prefix_cache_producer import PrefixMatch
+from llmtrace.picker.request import BYTES_PER_TOKEN, InferenceRequest
+from llmtrace.picker.spans import Span
+from llmtrace.semconv import attributes as a
+
+SCOPE = "llm-d-router/pkg/epp/framework/plugins/requestcontrol"
+INDEX_SCOPE = "llm-d-router/pkg/kvcache/kvblock"
+DEFAULT_BLOCK_SIZE_TOKENS = 16
+DEFAULT_INDEX_SIZE = 1_000_000
+DEFAULT_SPECULATIVE_TTL_S = 2.0
+NO_TOKENS = "skipped_no_tokens"
+
+_log = logging.getLogger(__name__)
+
+
+class TokenProcessorConfig(Parameters):
+    """Blocks of the picker's own, in tokens; ``block_size`` is llm-d's deprecated name. 0 stands for the default.
+
+    ``hash_seed`` goes into the keys of blocks; it need not be that of the servers.
+    """
+
+    block_size_tokens: int = Field(default=0, ge=0)
+    block_size: int = Field(default=0, ge=0)
+    hash_seed: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """The configured block size."""
+        return self.block_size_tokens or self.block_size or DEFAULT_BLOCK_SIZE_TOKENS
+
+
+class InMemoryConfig(Parameters):
+    """``size``: the number of blocks kept for each endpoint (llm-d: for all of them, 1e8)."""
+
+    size: int = Field(default=DEFAULT_INDEX_SIZE, gt=0)
+
+
+class KVBlockIndexConfig(Parameters):
+    """The index; ``enable_metrics`` of its lookups and its growth."""
+
+    in_memory_config: InMemoryConfig = InMemoryConfig()
+    enable_metrics: bool = False
+
+
+class IndexerConfig(Parameters):
+    """Where the index is kept: in memory."""
+
+    kv_block_index_config: KVBlockIndexConfig = KVBlockIndexConfig()
+
+
+class PodDiscoveryConfig(Parameters):
+    """Ports at which every endpoint publishes its events and replays them; a replay port of 0 or less: no replays.
+
+    An endpoint's labels may say otherwise, see :data:`llmtrace.semconv.attributes.KV_EVENTS_PORT_LABEL`.
+    """
+
+    socket_port: int = Field(default=5557, ge=1, le=65535)
+    replay_socket_port: int = Field(default=0, le=65535)
+
+
+class KVEventsConfig(Parameters):
+    """The subscriptions. ``concurrency`` is of llm-d's worker threads; the embedded picker has one event loop."""
+
+    topic_filter: str = "kv@"
+    concurrency: int = Field(default=4, gt=0)
+    engine_type: Literal["vllm"] = "vllm"
+    discover_pods: Literal[True] = True
+    pod_discovery_config: PodDiscoveryConfig = PodDiscoveryConfig()
+
+
+class PrecisePrefixCacheParameters(Parameters):
+    """llm-d's parameters; ``speculative_ttl`` in seconds."""
+
+    token_processor_config: TokenProcessorConfig = TokenProcessorConfig()
+    indexer_config: IndexerConfig = IndexerConfig()
+    kv_events_config: KVEventsConfig = Field(default=KVEventsConfig())
+    speculative_indexing: bool = False
+    speculative_ttl: Annotated[float, BeforeValidator(seconds)] = Field(
+        default=DEFAULT_SPECULATIVE_TTL_S, alias="speculativeTTL"
+    )
+
+
+@REGISTRY.register
+class PrecisePrefixCacheProducer(Producer[PrecisePrefixCacheParameters]):
+    """Keeps an index of the blocks in each endpoint's KV cache, and looks the prompt's blocks up in it."""
+
+    type: ClassVar[str] = "precise-prefix-cache-producer"
+    parameters_type = PrecisePrefixCacheParameters
+    needs_tokens: ClassVar[bool] = True
+
+    def __init__(self, name: str, parameters: PrecisePrefixCacheParameters, handle: Handle) -> None:
+        super().__init__(name, parameters, handle)
+        processor, index = parameters.token_processor_config, parameters.indexer_config.kv_block_index_config
+        self._index = KVBlockIndex(processor.tokens, processor.hash_seed, index.in_memory_config.size)
+        self._metrics = handle.metrics.kv_cache
+        self._count_index = index.enable_metrics
+        self._subscriptions = Subscriptions(
+            handle.pool, self._source, parameters.kv_events_config.topic_filter, self, self._metrics
+        )
+        handle.metrics.prefix_size.labels(name, self.type).set_function(lambda: len(self._index))
+        self._hit_ratio = handle.metrics.prefix_hit_ratio.labels(name, self.type)
+        self._tracer = handle.tracer.scoped(SCOPE)
+        self._index_tracer = handle.tracer.scoped(INDEX_SCOPE)
+        self._complaints: set[tuple[str, str]] = set()
+
+    async def run(self) -> None:
+        """Follow the endpoints' events."""
+        await self._subscriptions.run()
+
+    def produce(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> None:
+        """Put a :class:`PrefixMatch` into the request's data, if its tokens are known."""
+        with request.span.child(a.PRECISE_SPAN, tracer=self._tracer) as span:
+            span.attributes = {a.PRODUCER_CANDIDATES: len(endpoints), a.REQUEST_ID: request.id}
+            if request.model:
+                span.attributes[a.REQUEST_MODEL] = request.model
+            if not request.tokenized:
+                span.attributes[a.PRODUCER_RESULT] = NO_TOKENS
+                return
+            keys = [self._index.keys(prompt, request.model, request.cache_salt) for prompt in request.prompts]
+            blocks: dict[str, int] = {}
+            for prompt, prompt_keys in zip(request.prompts, keys, strict=True):
+                found = self._lookup(prompt_keys, len(prompt) // BYTES_PER_TOKEN, endpoints, span)
+                for endpoint, matched in found.items():
+                    blocks[endpoint] = blocks.get(endpoint, 0) + matched
+            tokens = sum(map(len, request.prompts)) // BYTES_PER_TOKEN
+            match = PrefixMatch(blocks, sum(map(len, keys)), self._index.block_size_tokens, tokens, keys)
+            request.data[self.name] = match
+            span.attributes[a.PRODUCER_BLOCKS] = match.total_blocks
+            span.attributes[a.PRODUCER_MAX_MATCH] = max(blocks.values(), default=0)
+
+    def scheduled(self, request: InferenceRequest, endpoint: Endpoint) -> None:
+        """Where speculative, count on the prompt's blocks at the endpoint until its events tell."""
+        match: PrefixMatch | None = request.data.get(self.name)
+        if match is None:
+            return
+        if match.total_blocks:
+            self._hit_ratio.observe(match.blocks.get(endpoint.id, 0) / match.total_blocks)
+        if self.parameters.speculative_indexing:
+            until = time.monotonic() + self.parameters.speculative_ttl
+            for keys in match.hashes:
+                self._index.expect(endpoint.id, keys, until)
+
+    def apply(self, endpoint: str, message: Message) -> None:
+        """Take an endpoint's events into the index; each kind of change is a trace of its own."""
+        add = self._index_tracer.start(a.INDEX_ADD_SPAN, None, SpanKind.INTERNAL)
+        evict = self._index_tracer.start(a.INDEX_EVICT_SPAN, None, SpanKind.INTERNAL)
+        changes = self._index.apply(endpoint, message.model, message.batch)
+        common = {a.ENDPOINT_NAME: endpoint}
+        if changes.stored:
+            add.attributes = {
+                **common,
+                a.ADD_ENGINE_KEYS: changes.stored,
+                a.ADD_REQUEST_KEYS: changes.stored,
+                a.ADD_POD_ENTRIES: 1,
+                a.ADD_DEVICE_TIERS: len(changes.media),
+            }
+            add.end()
+        if changes.removed:
+            evict.attributes = {
+                **common,
+                a.EVICT_KEY_TYPE: "engine",
+                a.EVICT_POD_ENTRIES: 1,
+                a.EVICT_DEVICE_TIERS: len(changes.media),
+            }
+            evict.end()
+        if self._count_index:
+            self._metrics.admissions.inc(changes.stored)
+            self._metrics.evictions.inc(changes.removed)
+        for (kind, reason), number in changes.skipped.items():
+            self._metrics.skipped.labels(kind, reason).inc(number)
+            if (endpoint, reason) not in self._complaints:
+                self._complaints.add((endpoint, reason))
+                _log.warning("endpoint %s: blocks of KV cache (%s) are left out: %s", endpoint, kind, reason)
+
+    def forget(self, endpoint: str) -> None:
+        """The endpoint's cache is empty, or the endpoint is gone."""
+        self._index.forget(endpoint)
+
+    def _lookup(
+        self, keys: Sequence[int], tokens: int, endpoints: Sequence[Endpoint], parent: Span
+    ) -> Mapping[str, int]:
+        with parent.child(a.INDEX_LOOKUP_SPAN, tracer=self._index_tracer) as span:
+            found = self._index.match(keys, tokens, [endpoint.id for endpoint in endpoints], time.monotonic())
+            best = max(found.values(), default=0)
+            span.attributes = {
+                a.LOOKUP_BLOCKS: len(keys),
+                a.LOOKUP_PODS: len(endpoints),
+                a.LOOKUP_HIT: best > 0,
+                a.LOOKUP_FOUND: best,
+            }
+            if self._count_index:
+                self._metrics.lookups.inc()
+                self._metrics.hits.inc(best)
+        return found
+
+    def _source(self, endpoint: Endpoint) -> Source | None:
+        """Where an endpoint publishes; None where its label is no port."""
+        ports = self.parameters.kv_events_config.pod_discovery_config
+        port = _port(endpoint.labels.get(a.KV_EVENTS_PORT_LABEL, ports.socket_port))
+        replay = _port(endpoint.labels.get(a.KV_EVENTS_REPLAY_PORT_LABEL, ports.replay_socket_port))
+        if port is None:
+            return None
+        return Source(endpoint.id, _tcp(endpoint, port), _tcp(endpoint, replay) if replay else "")
+
+
+def _port(value: str | int) -> int | None:
+    """A port from a label or a parameter."""
+    text = str(value)
+    return int(text) if text.isascii() and text.isdigit() and 1 <= int(text) <= 65535 else None
+
+
+def _tcp(endpoint: Endpoint, port: int) -> str:
+    return f"tcp://{endpoint.host}:{port}"
