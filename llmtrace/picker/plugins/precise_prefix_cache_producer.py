@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
@@ -27,6 +28,8 @@ DEFAULT_BLOCK_SIZE_TOKENS = 16
 DEFAULT_INDEX_SIZE = 1_000_000
 DEFAULT_SPECULATIVE_TTL_S = 2.0
 NO_TOKENS = "skipped_no_tokens"
+
+_ADDRESS = re.compile(r"tcp://[\w.-]+:[1-9]\d{0,4}|ipc://.+", re.ASCII)
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ class IndexerConfig(Parameters):
 class PodDiscoveryConfig(Parameters):
     """Ports at which every endpoint publishes its events and replays them; a replay port of 0 or less: no replays.
 
-    An endpoint's labels may say otherwise, see :data:`llmtrace.semconv.attributes.KV_EVENTS_PORT_LABEL`.
+    An endpoint's labels may name other addresses: servers on one machine need them, and sockets that are no ports.
     """
 
     socket_port: int = Field(default=5557, ge=1, le=65535)
@@ -186,13 +189,12 @@ class PrecisePrefixCacheProducer(Producer[PrecisePrefixCacheParameters]):
             self._metrics.evictions.inc(changes.removed)
         for (kind, reason), number in changes.skipped.items():
             self._metrics.skipped.labels(kind, reason).inc(number)
-            if (endpoint, reason) not in self._complaints:
-                self._complaints.add((endpoint, reason))
-                _log.warning("endpoint %s: blocks of KV cache (%s) are left out: %s", endpoint, kind, reason)
+            self._complain(endpoint, reason, f"blocks of its KV cache ({kind}) are left out of the index: {reason}")
 
     def forget(self, endpoint: str) -> None:
         """The endpoint's cache is empty, or the endpoint is gone."""
         self._index.forget(endpoint)
+        self._complaints = {complaint for complaint in self._complaints if complaint[0] != endpoint}
 
     def _lookup(
         self, keys: Sequence[int], tokens: int, endpoints: Sequence[Endpoint], parent: Span
@@ -212,20 +214,19 @@ class PrecisePrefixCacheProducer(Producer[PrecisePrefixCacheParameters]):
         return found
 
     def _source(self, endpoint: Endpoint) -> Source | None:
-        """Where an endpoint publishes; None where its label is no port."""
+        """Where an endpoint publishes; None where its labels name no ZMQ address."""
         ports = self.parameters.kv_events_config.pod_discovery_config
-        port = _port(endpoint.labels.get(a.KV_EVENTS_PORT_LABEL, ports.socket_port))
-        replay = _port(endpoint.labels.get(a.KV_EVENTS_REPLAY_PORT_LABEL, ports.replay_socket_port))
-        if port is None:
-            return None
-        return Source(endpoint.id, _tcp(endpoint, port), _tcp(endpoint, replay) if replay else "")
+        address = endpoint.labels.get(a.KV_EVENTS_LABEL, f"tcp://{endpoint.host}:{ports.socket_port}")
+        default = f"tcp://{endpoint.host}:{ports.replay_socket_port}" if ports.replay_socket_port > 0 else ""
+        replay = endpoint.labels.get(a.KV_EVENTS_REPLAY_LABEL, default)
+        for label in (address, replay) if replay else (address,):
+            if not _ADDRESS.fullmatch(label):
+                self._complain(endpoint.id, label, f"{label!r} is no ZMQ address such as tcp://10.0.0.7:5557")
+                return None
+        return Source(endpoint.id, address, replay)
 
-
-def _port(value: str | int) -> int | None:
-    """A port from a label or a parameter."""
-    text = str(value)
-    return int(text) if text.isascii() and text.isdigit() and 1 <= int(text) <= 65535 else None
-
-
-def _tcp(endpoint: Endpoint, port: int) -> str:
-    return f"tcp://{endpoint.host}:{port}"
+    def _complain(self, endpoint: str, about: str, sentence: str) -> None:
+        """Say it once."""
+        if (endpoint, about) not in self._complaints:
+            self._complaints.add((endpoint, about))
+            _log.warning("endpoint %s: %s", endpoint, sentence)
