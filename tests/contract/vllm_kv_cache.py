@@ -52,7 +52,11 @@ def request(tokens: list[int], model: str, salt: str | None) -> Request:
 def prompt() -> tuple[list[int], str, str | None]:
     prefix = [dice.choice((7, 11))] * BLOCK_SIZE * dice.randrange(1, 4)
     rest = [dice.randrange(2)] * dice.choice((0, 0, 3, 4, 5))
-    return prefix + rest, dice.choice((*(MODEL,) * 6, ADAPTER)), dice.choice((None, None, None, "salt-a", "salt-b"))
+    return (
+        prefix + rest,
+        dice.choice((MODEL, MODEL, MODEL, ADAPTER)),
+        dice.choice((None, None, None, "salt-a", "salt-b")),
+    )
 
 
 def manager() -> KVCacheManager:
