@@ -71,9 +71,7 @@ class Subscription:
 
     async def run(self, context: zmq.asyncio.Context) -> None:
         """Follow the events until cancelled. ZMQ connects again by itself."""
-        with context.socket(zmq.SUB, maxmsgsize=MAX_MESSAGE_BYTES, linger=0) as socket:
-            socket.rcvhwm = MAX_QUEUED_MESSAGES
-            socket.heartbeat_ivl = HEARTBEAT_MS
+        with _socket(context, zmq.SUB) as socket:
             socket.subscribe(self._topic)
             socket.connect(self.source.address)
             await self._replay(context)
@@ -120,7 +118,7 @@ class Subscription:
         now = time.monotonic()
         if not self.source.replay or now < self._no_replay_before:
             return
-        with context.socket(zmq.DEALER, maxmsgsize=MAX_MESSAGE_BYTES, linger=0) as socket:
+        with _socket(context, zmq.DEALER) as socket:
             socket.connect(self.source.replay)
             await socket.send_multipart([b"", (self._applied + 1).to_bytes(SEQUENCE_BYTES, "big")])
             try:
@@ -211,3 +209,12 @@ class Subscriptions:
         self._running.pop(source).cancel()
         self._sink.forget(source.endpoint)
         self._metrics.forget(source.endpoint)
+
+
+def _socket(context: zmq.asyncio.Context, kind: int) -> zmq.asyncio.Socket:
+    socket = context.socket(kind)
+    socket.linger = 0
+    socket.rcvhwm = MAX_QUEUED_MESSAGES
+    socket.maxmsgsize = MAX_MESSAGE_BYTES
+    socket.heartbeat_ivl = HEARTBEAT_MS
+    return socket
