@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+import uvloop
 import zmq.asyncio
 from kv_publisher import CLEARED, TOPIC, Publisher, frames, payload, removed, stored
 from picking import Handle, endpoint
@@ -94,6 +95,12 @@ RECEIVED = "llm_d_epp_kv_cache_events_messages_received_total"
 def at(publisher: Publisher, *, replay: bool = False) -> dict[str, str]:
     labels = {"at": f"tcp://127.0.0.1:{publisher.port}"}
     return {**labels, "replay": f"tcp://127.0.0.1:{publisher.replay_port}"} if replay else labels
+
+
+@pytest.fixture
+def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
+    """The picker runs on uvloop."""
+    return uvloop.EventLoopPolicy()
 
 
 @pytest.fixture

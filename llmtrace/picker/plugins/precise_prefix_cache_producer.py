@@ -6,12 +6,12 @@ import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from opentelemetry.trace import SpanKind
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from llmtrace.picker.durations import seconds
+from llmtrace.picker.durations import Duration
 from llmtrace.picker.endpoints import Endpoint
 from llmtrace.picker.kv_blocks import KVBlockIndex
 from llmtrace.picker.kv_events import Message
@@ -96,9 +96,7 @@ class PrecisePrefixCacheParameters(Parameters):
     indexer_config: IndexerConfig = IndexerConfig()
     kv_events_config: KVEventsConfig = Field(default=KVEventsConfig())
     speculative_indexing: bool = False
-    speculative_ttl: Annotated[float, BeforeValidator(seconds)] = Field(
-        default=DEFAULT_SPECULATIVE_TTL_S, alias="speculativeTTL"
-    )
+    speculative_ttl: Duration = Field(default=DEFAULT_SPECULATIVE_TTL_S, alias="speculativeTTL")
 
 
 @REGISTRY.register

@@ -14,14 +14,14 @@ import struct
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import count
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import httpx
 import msgspec
 from opentelemetry.trace import SpanKind
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from llmtrace.picker.durations import seconds
+from llmtrace.picker.durations import Duration
 from llmtrace.picker.endpoints import Endpoint
 from llmtrace.picker.plugin import REGISTRY, Handle, Parameters, Tokenizer
 from llmtrace.picker.request import InferenceRequest, token_bytes
@@ -42,7 +42,7 @@ class VLLMParameters(Parameters):
     """``url`` of the server that renders; empty: the pool's ready endpoints in turn. ``timeout`` in seconds."""
 
     url: str = Field(default="", pattern="^$|^http://[^/]+/?$")
-    timeout: Annotated[float, BeforeValidator(seconds)] = 5.0
+    timeout: Duration = 5.0
 
 
 class TokenProducerParameters(Parameters):
