@@ -100,8 +100,9 @@ def envoy_config(ports: dict[str, Any]) -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load(
         jinja2.Template(TEMPLATE.read_text()).render(
             envoy_admin_port=ports["admin"],
-            gateway_ports={"picker": ports["picker_gateway"]},
-            picker_ports={"picker": {"grpc": ports["picker"]}},
+            scenario="bench",
+            gateway_ports={"bench": {"picker": ports["picker_gateway"]}},
+            picker_ports={"bench": {"picker": {"grpc": ports["picker"]}}},
             collector_otlp_grpc_port=ports["sink"],
             picker_binary="",
             tracing_off=[],

@@ -93,8 +93,8 @@ def doctor(as_json: Json = False) -> None:
     state = state_home()
     try:
         requirements = checks.requirements_of(playbook.default_variables(), cache_home(), state, state / "run")
-    except (KeyError, ValueError) as error:
-        raise UserError(f"The default inventory is not usable: {error}") from None
+    except KeyError as error:
+        raise UserError(f"The default inventory lacks the variable {error}: restore it from the repository") from None
     outcome = checks.check(checks.gather(requirements), requirements)
     if as_json:
         typer.echo(json.dumps([asdict(check) for check in outcome], indent=2))

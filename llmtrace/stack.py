@@ -32,11 +32,19 @@ class Part(BaseModel):
 
 
 class Server(Part):
-    """A model server: its name, base URL and supervised process."""
+    """A model server: its name, base URL and supervised process; ``role`` is both, prefill or decode."""
 
     name: str
     url: str
     process: str
+    role: str = "both"
+
+
+class Sidecar(Part):
+    """The P/D sidecar before a decode server."""
+
+    process: str
+    url: str
 
 
 class Picker(Part):
@@ -50,15 +58,17 @@ class Picker(Part):
 
 
 class Stack(Part):
-    """A stack that was stood up. Addresses are base URLs without a trailing slash."""
+    """A stack that was stood up for a scenario. Addresses are base URLs without a trailing slash."""
 
     profile: str
+    scenario: str
     run_dir: Path
     log_dir: Path
     supervisor_conf: Path
     model: str
     gateways: dict[str, str]
     servers: list[Server]
+    sidecars: list[Sidecar] = []
     kv_block_size: int
     pickers: dict[str, Picker]
     envoy_admin: str

@@ -5,13 +5,15 @@ from __future__ import annotations
 import platform
 import socket
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 from llmtrace.deploy.supervisor import Supervisor
+from llmtrace.deploy.topology import ModelServer, known_scenario, model_servers, whole_number
+from llmtrace.errors import UserError
 
 GIB = 1 << 30
 MACHINES = ("x86_64", "aarch64")
@@ -253,25 +255,19 @@ def check(facts: Facts, requirements: Requirements) -> list[Check]:
 
 
 def ports_of(variables: Mapping[str, object]) -> tuple[Port, ...]:
-    """The ports of an inventory's port variables (playbooks/inventories/local/group_vars/all.yml).
+    """The ports of an inventory's variables (playbooks/inventories/local/group_vars/all.yml), as its scenario has them.
 
-    Raises ValueError for a port that is none.
+    Raises UserError for a port that is none.
     """
+    scenario = known_scenario(variables["scenario"])
     ports = [
-        *_ports(variables["gateway_ports"], "gateway {}", "gateway_ports.{}"),
+        *_ports(_of(variables, "gateway_ports", scenario), "gateway {}", f"gateway_ports.{scenario}.{{}}"),
         *(
             port
-            for arm, numbers in _items(variables["picker_ports"])
-            for port in _ports(numbers, f"{arm} picker's {{}}", f"picker_ports.{arm}.{{}}")
+            for arm, numbers in _of(variables, "picker_ports", scenario).items()
+            for port in _ports(numbers, f"{arm} picker's {{}}", f"picker_ports.{scenario}.{arm}.{{}}")
         ),
-        *(
-            Port(
-                _number(variables["vllm_base_port"], "vllm_base_port") + index,
-                f"model server vllm-{index}",
-                "vllm_base_port",
-            )
-            for index in range(_number(variables["vllm_servers"], "vllm_servers"))
-        ),
+        *(port for server in model_servers(variables) for port in _server_ports(server)),
     ]
     for variable, purpose in (
         ("envoy_admin_port", "Envoy admin interface"),
@@ -282,36 +278,41 @@ def ports_of(variables: Mapping[str, object]) -> tuple[Port, ...]:
         ("store_port", "trace store"),
         ("prometheus_port", "Prometheus server"),
     ):
-        ports.append(Port(_number(variables[variable], variable), purpose, variable))
+        ports.append(Port(whole_number(variables, variable), purpose, variable))
     return tuple(ports)
 
 
-def _items(value: object) -> Iterable[tuple[str, object]]:
+def _of(variables: Mapping[str, object], name: str, scenario: str) -> Mapping[str, object]:
+    """The part of a mapping by scenario that is this scenario's."""
+    return _mapping(_mapping(variables[name], name).get(scenario), f"{name}.{scenario}")
+
+
+def _mapping(value: object, name: str) -> Mapping[str, object]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{value!r} is no mapping of names to ports")  # noqa: TRY004
-    return value.items()
-
-
-def _number(value: object, variable: str) -> int:
-    try:
-        number = int(str(value))
-    except ValueError:
-        number = -1
-    if not 0 < number < 65536:
-        raise ValueError(f"{variable} is {value!r}: set it to a whole number from 1 to 65535")
-    return number
+        raise UserError(f"{name} is {value!r}: set it to a mapping, as the local inventory has it")
+    return value
 
 
 def _ports(numbers: object, purpose: str, variable: str) -> list[Port]:
+    found = _mapping(numbers, variable.removesuffix(".{}"))
+    named = {variable.format(name): number for name, number in found.items()}
     return [
-        Port(_number(number, variable.format(name)), purpose.format(name), variable.format(name))
-        for name, number in _items(numbers)
+        Port(whole_number(named, full), purpose.format(name), full) for name, full in zip(found, named, strict=True)
     ]
+
+
+def _server_ports(server: ModelServer) -> list[Port]:
+    ports = [Port(server.port, f"model server {server.name}", "vllm_base_port")]
+    if server.sidecar_port:
+        ports.append(Port(server.sidecar_port, f"sidecar of {server.name}", "sidecar_base_port"))
+    if server.side_channel_port:
+        ports.append(Port(server.side_channel_port, f"side channel of {server.name}", "vllm_side_channel_base_port"))
+    return ports
 
 
 def requirements_of(variables: Mapping[str, object], cache_dir: Path, state_dir: Path, run_dir: Path) -> Requirements:
     """What the inventory's stack needs; less disk where the model servers' environment is installed."""
-    servers = _number(variables["vllm_servers"], "vllm_servers")
+    servers = len(model_servers(variables))
     installed = any(path.suffix != ".partial" for path in cache_dir.glob("vllm/*"))
     return Requirements(
         ports=ports_of(variables),

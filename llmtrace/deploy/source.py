@@ -1,4 +1,4 @@
-"""A digest of the code that long-running processes of the kit run, so that an update restarts them."""
+"""Digests of the code that long-running processes of the kit run, so that an update restarts them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,25 @@ import hashlib
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
-PARTS = ("errors.py", "telemetry.py", "semconv/attributes.py", "picker", "traces")
+COMMON = ("errors.py", "telemetry.py", "semconv/attributes.py")
+PARTS = {
+    "services": (*COMMON, "picker", "sidecar", "traces"),
+    "engine": ("__init__.py", "semconv/attributes.py", "engine"),
+}
+"""What a process of this kind imports from the package: picker, sidecar and store; the plugin in a model server."""
 
 
-def digest() -> str:
-    """Hexadecimal digest over the sources of picker and store and what they import from the package."""
+def digest(part: str) -> str:
+    """Hexadecimal digest over the sources of one of :data:`PARTS`."""
     total = hashlib.sha256()
-    for part in PARTS:
-        path = PACKAGE / part
+    for name in PARTS[part]:
+        path = PACKAGE / name
         for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
             total.update(f"{file.relative_to(PACKAGE)}\0".encode())
             total.update(file.read_bytes())
     return total.hexdigest()[:16]
+
+
+def digests() -> dict[str, str]:
+    """The digest of each part."""
+    return {part: digest(part) for part in PARTS}

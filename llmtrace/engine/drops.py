@@ -13,7 +13,7 @@ from opentelemetry import metrics
 from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
 
 from llmtrace import __version__
-from llmtrace.semconv import engine as names
+from llmtrace.semconv import attributes as names
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
@@ -26,8 +26,8 @@ def publish(dropped: Callable[[], int], environment: Mapping[str, str] = os.envi
     def observe(_options: CallbackOptions) -> Iterable[Observation]:
         return [Observation(dropped())]
 
-    provider.get_meter(names.SCOPE, __version__).create_observable_counter(
-        names.DROPPED_METRIC, [observe], "{request}", "Requests without engine spans: their queue was full"
+    provider.get_meter(names.ENGINE_SCOPE, __version__).create_observable_counter(
+        names.ENGINE_DROPPED_METRIC, [observe], "{request}", "Requests without engine spans: their queue was full"
     )
     return own
 

@@ -35,7 +35,7 @@ from llmtrace.engine.drops import publish
 from llmtrace.engine.facts import DEPARTED_HEADER, FACTS_HEADER, Facts, from_wire, is_sampled
 from llmtrace.engine.hooks import Guard, logger
 from llmtrace.engine.spans import Attributes, Window, phases, write, write_aborted
-from llmtrace.semconv import engine as names
+from llmtrace.semconv import attributes as names
 
 QUEUE_SIZE = 4096
 """Requests whose spans are yet to be made; beyond it they are dropped and counted."""
@@ -90,7 +90,7 @@ class RequestSpanWatch(SpanProcessor):
     def on_start(self, span: Span, parent_context: context_api.Context | None = None) -> None:
         """Remember the span, if it is the one."""
         attributes: Attributes | None = getattr(self._watch, "attributes", None)
-        if attributes is not None and span.name == names.REQUEST_SPAN:
+        if attributes is not None and span.name == names.SERVER_SPAN:
             self._watch.span = span
             span.set_attributes(attributes)
 
@@ -188,7 +188,9 @@ class Frontend:
 
     def _drop(self) -> None:
         if self.dropped == 0:
-            logger.warning("llmtrace: engine spans of some requests are dropped; metric %s", names.DROPPED_METRIC)
+            logger.warning(
+                "llmtrace: engine spans of some requests are dropped; metric %s", names.ENGINE_DROPPED_METRIC
+            )
         self.dropped += 1
 
     def _work(self) -> None:
@@ -219,7 +221,7 @@ def _make(job: _Job) -> None:
         return
     if job.finish_reason is not None:
         facts.finish_reason = job.finish_reason
-    tracer = trace.get_tracer(names.SCOPE, __version__)
+    tracer = trace.get_tracer(names.ENGINE_SCOPE, __version__)
     if job.parent is not None:
         write(tracer, job.parent.context, phases(facts, job.parent.request_id, job.parent.window))
         return

@@ -14,7 +14,7 @@ from opentelemetry.util.types import AttributeValue
 
 from llmtrace.engine.clock import NS_PER_S, wall_ns
 from llmtrace.engine.facts import Facts
-from llmtrace.semconv import engine as names
+from llmtrace.semconv import attributes as names
 
 _MS_PER_S = 1000.0
 ABORTED = "abort"
@@ -80,7 +80,7 @@ def outcome(facts: Facts) -> Attributes:
     """How a request ended and what it held, for its last span."""
     attributes: Attributes = {names.FINISH_REASONS: (facts.finish_reason,)}
     if facts.kv_blocks is not None:
-        attributes[names.KV_BLOCKS] = facts.kv_blocks
+        attributes[names.KV_CACHE_BLOCKS] = facts.kv_blocks
     if facts.preemptions:
         away = sum((item.resumed or facts.finished) - item.preempted for item in facts.preemptions)
         attributes[names.PREEMPTIONS] = len(facts.preemptions)
@@ -110,12 +110,12 @@ def write_aborted(tracer: Tracer, parent: SpanContext, facts: Facts, request_id:
     attributes: Attributes = {
         **_common(facts, request_id),
         **outcome(facts),
-        names.PROMPT_TOKENS: facts.prompt_tokens,
-        names.COMPLETION_TOKENS: facts.output_tokens,
-        names.E2E_LATENCY: (end - start) / NS_PER_S,
+        names.VLLM_PROMPT_TOKENS: facts.prompt_tokens,
+        names.VLLM_COMPLETION_TOKENS: facts.output_tokens,
+        names.VLLM_E2E: (end - start) / NS_PER_S,
     }
     context = set_span_in_context(NonRecordingSpan(parent))
-    span = tracer.start_span(names.REQUEST_SPAN, context, kind=SpanKind.SERVER, attributes=attributes, start_time=start)
+    span = tracer.start_span(names.SERVER_SPAN, context, kind=SpanKind.SERVER, attributes=attributes, start_time=start)
     span.add_event(names.ABORT_EVENT, timestamp=end)
     if span.is_recording():
         write(tracer, span.get_span_context(), phases(facts, request_id, Window(start, end)))
@@ -151,7 +151,7 @@ class _Times:
 
 def _before_admission(facts: Facts, times: _Times) -> list[Phase]:
     """Waiting and loading, alternately: ``queue``, and for each load ``kv_load`` and, if it then waits, ``queue``."""
-    arrived: Attributes = {names.QUEUE_REASON: names.REASON_ADMISSION}
+    arrived: Attributes = {names.QUEUE_REASON: names.QUEUE_REASON_ADMISSION}
     if facts.position is not None:
         arrived[names.QUEUE_POSITION] = facts.position
     found: list[Phase] = []
@@ -162,7 +162,7 @@ def _before_admission(facts: Facts, times: _Times) -> list[Phase]:
         if not found or start > cursor:
             found.append(Phase(names.QUEUE_SPAN, cursor, start, attributes))
         found.append(Phase(names.KV_LOAD_SPAN, start, end, _load_attributes(facts, load.tokens, load.failed)))
-        cursor, attributes = end, {names.QUEUE_REASON: names.REASON_KV_LOADED}
+        cursor, attributes = end, {names.QUEUE_REASON: names.QUEUE_REASON_KV_LOADED}
     if not found or times.admitted > cursor:
         found.append(Phase(names.QUEUE_SPAN, cursor, times.admitted, attributes))
     queues = [phase for phase in found if phase.name == names.QUEUE_SPAN]
@@ -172,7 +172,7 @@ def _before_admission(facts: Facts, times: _Times) -> list[Phase]:
 
 def _holder(found: list[Phase], event: Event) -> Phase:
     """The span during which something happened; at a border, the earlier one for what ends it."""
-    if event.name == names.FIRST_TOKEN_EVENT:
+    if event.name == names.FIRST_TOKEN:
         return next(phase for phase in found if phase.name == names.PREFILL_SPAN)
     if event.name == names.ABORT_EVENT:
         return found[-1]
@@ -196,7 +196,7 @@ def _events(facts: Facts, times: _Times) -> list[Event]:
         }
         found.append(Event(names.CHUNK_EVENT, times.wall(time), attributes))
     if times.first_token is not None:
-        found.append(Event(names.FIRST_TOKEN_EVENT, times.first_token))
+        found.append(Event(names.FIRST_TOKEN, times.first_token))
     if facts.finish_reason == ABORTED:
         found.append(Event(names.ABORT_EVENT, times.end))
     return sorted(found, key=lambda event: event.time_ns)
@@ -216,19 +216,23 @@ def _common(facts: Facts, request_id: str) -> Attributes:
 
 
 def _admission_attributes(facts: Facts) -> Attributes:
-    pairs = ((names.RUNNING, facts.running), (names.WAITING, facts.waiting), (names.KV_USAGE, facts.kv_usage))
+    pairs = (
+        (names.QUEUE_RUNNING, facts.running),
+        (names.QUEUE_WAITING, facts.waiting),
+        (names.KV_CACHE_USAGE, facts.kv_usage),
+    )
     return {name: value for name, value in pairs if value is not None}
 
 
 def _load_attributes(facts: Facts, tokens: int, failed: bool) -> Attributes:
-    attributes: Attributes = {names.LOAD_TOKENS: tokens, names.LOAD_FAILED: failed}
+    attributes: Attributes = {names.KV_LOAD_TOKENS: tokens, names.KV_LOAD_FAILED: failed}
     if facts.remote_engine_id is not None:
-        attributes[names.LOAD_REMOTE_ENGINE] = facts.remote_engine_id
+        attributes[names.KV_LOAD_REMOTE_ENGINE] = facts.remote_engine_id
     return attributes
 
 
 def _prefill_attributes(facts: Facts) -> Attributes:
-    attributes: Attributes = {names.INPUT_TOKENS: facts.prompt_tokens, names.CHUNKS: facts.chunk_count}
+    attributes: Attributes = {names.INPUT_TOKENS: facts.prompt_tokens, names.PREFILL_CHUNKS: facts.chunk_count}
     local, external = facts.local_cached_tokens, facts.external_cached_tokens
     pairs = (
         (names.COMPUTED_TOKENS, facts.computed_tokens),
@@ -244,7 +248,7 @@ def _decode_attributes(facts: Facts) -> Attributes:
     if facts.output_tokens > 1 and facts.first_token is not None and facts.last_token is not None:
         mean = (facts.last_token - facts.first_token) / (facts.output_tokens - 1)
         attributes[names.TPOT_MEAN] = mean * _MS_PER_S
-        attributes[names.GAP_MAX] = facts.worst_gap * _MS_PER_S
+        attributes[names.TOKEN_GAP_MAX] = facts.worst_gap * _MS_PER_S
     if facts.draft_tokens:
         attributes[names.DRAFT_TOKENS] = facts.draft_tokens
         attributes[names.ACCEPTED_TOKENS] = facts.accepted_tokens

@@ -7,7 +7,8 @@ name, never ignored.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,6 +23,7 @@ from llmtrace.picker import plugins
 from llmtrace.picker.plugin import (
     REGISTRY,
     Discovery,
+    Filter,
     Handle,
     Picker,
     Plugin,
@@ -30,6 +32,7 @@ from llmtrace.picker.plugin import (
     Scorer,
     Tokenizer,
 )
+from llmtrace.picker.prefix_match import DEFAULT_PRODUCER
 
 DEFAULT_WEIGHT = 1.0
 NOT_EMBEDDED = (
@@ -43,6 +46,8 @@ NOT_EMBEDDED = (
     "crossReplicaSyncInterval",
 )
 """Sections that llm-d's EPP knows and the embedded picker has not."""
+
+_log = logging.getLogger(__name__)
 
 AnyPlugin = Plugin[Any]
 KindT = TypeVar("KindT")
@@ -111,6 +116,7 @@ class Profile:
     """A scheduling profile that is ready to run."""
 
     name: str
+    filters: tuple[Filter[Any], ...]
     scorers: tuple[WeightedScorer, ...]
     picker: Picker[Any]
 
@@ -152,7 +158,10 @@ def parse(content: Any) -> EndpointPickerConfig:
 
 
 class _Builder:
+    """Makes everything of a configuration; to its plugins it is the Others of :mod:`llmtrace.picker.plugin`."""
+
     def __init__(self, config: EndpointPickerConfig, handle: Handle) -> None:
+        self.profiles: Collection[str] = ()
         self._config = config
         self._handle = handle
         self._plugins: dict[str, AnyPlugin] = {}
@@ -162,18 +171,21 @@ class _Builder:
             self._make(spec, f"plugins[{index}]")
         if self._config.data_layer.discovery is None:
             raise UserError("dataLayer.discovery names no plugin: add {pluginRef: NAME} of a file-discovery")
-        discovery = self._find(
+        discovery = self.find(
             self._config.data_layer.discovery.plugin_ref, Discovery, "dataLayer.discovery", "a discovery"
         )
         profiles = [self._profile(profile) for profile in self._config.scheduling_profiles or [self._all()]]
         by_name = {profile.name: profile for profile in profiles}
         if len(by_name) < len(profiles):
             raise UserError("schedulingProfiles has two profiles of the same name")
-        handler = self._handler(profiles)
-        self._default_producers(profiles)
-        producers = tuple(self._of(Producer))
-        tokenizer = self._tokenizer(producers)
-        return Configuration(discovery, tokenizer, producers, handler, by_name, tuple(self._plugins.values()))
+        self.profiles = by_name.keys()
+        handler = self._handler()
+        tokenizer = self._tokenizer()
+        for plugin in list(self._plugins.values()):
+            plugin.connect(self)
+        return Configuration(
+            discovery, tokenizer, tuple(self._of(Producer)), handler, by_name, tuple(self._plugins.values())
+        )
 
     def _make(self, spec: PluginSpec, where: str) -> AnyPlugin:
         name = spec.name or spec.type
@@ -187,17 +199,33 @@ class _Builder:
         except ValidationError as error:
             sentence = _sentence(error, kind.parameters_type, "parameter")
             raise UserError(f"plugin {name!r} ({where}): {sentence}") from None
+        if kind.deprecated_for:
+            _log.warning("%s: llm-d deprecates the plugin type %s; use %s", where, spec.type, kind.deprecated_for)
         plugin = self._plugins[name] = kind(name, parameters, self._handle)
         return plugin
 
     def _of(self, kind: type[KindT]) -> list[KindT]:
         return [plugin for plugin in self._plugins.values() if isinstance(plugin, kind)]
 
-    def _find(self, name: str, kind: type[KindT], where: str, what: str) -> KindT:
+    def find(self, name: str, kind: type[KindT], where: str, what: str) -> KindT:
         plugin = self._reference(name, where)
         if not isinstance(plugin, kind):
             raise UserError(f"{where}: plugin {name!r} is of type {plugin.type}, which is not {what}")
         return plugin
+
+    def profile(self, name: str, where: str) -> None:
+        if name not in self.profiles:
+            raise UserError(f"{where}: there is no scheduling profile named {name!r}{nearest(name, self.profiles)}")
+
+    def producer(self, name: str, where: str) -> None:
+        if name == DEFAULT_PRODUCER and name not in self._plugins:
+            self._make(PluginSpec(type=name), "the default producer")
+        self.find(name, Producer, where, "a producer")
+
+    def tokenizer(self, where: str) -> None:
+        if not self._of(Tokenizer):
+            kind = plugins.token_producer.TokenProducer.type
+            raise UserError(f"{where} needs the tokens of prompts: add a plugin of type {kind}")
 
     def _reference(self, name: str, where: str) -> AnyPlugin:
         plugin = self._plugins.get(name)
@@ -206,29 +234,33 @@ class _Builder:
         return plugin
 
     def _all(self) -> SchedulingProfile:
-        """The profile that llm-d makes where the file has none: every scorer and picker."""
-        refs = [PluginRef(plugin_ref=n) for n, p in self._plugins.items() if isinstance(p, (Scorer, Picker))]
+        """The profile that llm-d makes where the file has none: every filter, scorer and picker."""
+        refs = [PluginRef(plugin_ref=n) for n, p in self._plugins.items() if isinstance(p, (Filter, Scorer, Picker))]
         return SchedulingProfile(name="default", plugins=refs)
 
     def _profile(self, profile: SchedulingProfile) -> Profile:
         where = f"schedulingProfiles[{profile.name}]"
+        filters: list[Filter[Any]] = []
         scorers: list[WeightedScorer] = []
         pickers: list[Picker[Any]] = []
         for ref in profile.plugins:
             plugin = self._reference(ref.plugin_ref, where)
-            if isinstance(plugin, Scorer):
+            if isinstance(plugin, Filter):
+                filters.append(plugin)
+            elif isinstance(plugin, Scorer):
                 scorers.append(WeightedScorer(plugin, DEFAULT_WEIGHT if ref.weight is None else ref.weight))
             elif isinstance(plugin, Picker):
                 pickers.append(plugin)
             else:
                 raise UserError(
                     f"{where}: plugin {ref.plugin_ref!r} is of type {plugin.type}, "
-                    "which is neither a scorer nor a picker"
+                    "which is neither a filter, a scorer nor a picker"
                 )
         if len(pickers) > 1:
             names = ", ".join(repr(picker.name) for picker in pickers)
             raise UserError(f"{where}: a profile has one picker; these are {names}")
-        return Profile(profile.name, tuple(scorers), pickers[0] if pickers else self._default_picker())
+        picker = pickers[0] if pickers else self._default_picker()
+        return Profile(profile.name, tuple(filters), tuple(scorers), picker)
 
     def _default_picker(self) -> Picker[Any]:
         existing = self._of(Picker)
@@ -238,45 +270,25 @@ class _Builder:
         assert isinstance(picker, Picker)  # noqa: S101 - tells the type checker what the registry says
         return picker
 
-    def _handler(self, profiles: Sequence[Profile]) -> ProfileHandler[Any]:
+    def _handler(self) -> ProfileHandler[Any]:
         handlers = self._of(ProfileHandler)
         if len(handlers) > 1:
             raise UserError(f"there are two profile handlers, {handlers[0].name!r} and {handlers[1].name!r}")
-        single = plugins.single_profile_handler.SingleProfileHandler
-        if not handlers:
-            if len(profiles) > 1:
-                raise UserError("several scheduling profiles need a profile handler plugin")
-            self._make(PluginSpec(type=single.type), "the default profile handler")
-            handlers = self._of(ProfileHandler)
-        if isinstance(handlers[0], single) and len(profiles) != 1:
-            raise UserError(f"{single.type} takes one scheduling profile; there are {len(profiles)}")
-        return handlers[0]
+        if handlers:
+            return handlers[0]
+        if len(self.profiles) > 1:
+            raise UserError("several scheduling profiles need a profile handler plugin")
+        handler = self._make(
+            PluginSpec(type=plugins.single_profile_handler.SingleProfileHandler.type), "the default profile handler"
+        )
+        assert isinstance(handler, ProfileHandler)  # noqa: S101 - tells the type checker what the registry says
+        return handler
 
-    def _tokenizer(self, producers: Iterable[Producer[Any]]) -> Tokenizer[Any] | None:
+    def _tokenizer(self) -> Tokenizer[Any] | None:
         tokenizers = self._of(Tokenizer)
         if len(tokenizers) > 1:
             raise UserError(f"there are two token producers, {tokenizers[0].name!r} and {tokenizers[1].name!r}")
-        needy = next((producer for producer in producers if producer.needs_tokens), None)
-        if needy is not None and not tokenizers:
-            raise UserError(
-                f"plugin {needy.name!r} needs the tokens of prompts: "
-                f"add a plugin of type {plugins.token_producer.TokenProducer.type}"
-            )
         return tokenizers[0] if tokenizers else None
-
-    def _default_producers(self, profiles: Sequence[Profile]) -> None:
-        """As llm-d does, make the producer of what a scorer reads, where the file has none."""
-        for profile in profiles:
-            for weighted in profile.scorers:
-                if not isinstance(weighted.scorer, plugins.prefix_cache_scorer.PrefixCacheScorer):
-                    continue
-                name = weighted.scorer.parameters.producer
-                if name == plugins.approx_prefix_cache_producer.ApproxPrefixCacheProducer.type:
-                    if name not in self._plugins:
-                        self._make(PluginSpec(type=name), "the default producer")
-                else:
-                    where = f"plugin {weighted.scorer.name!r}: prefixMatchInfoProducerName"
-                    self._find(name, Producer, where, "a producer")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -12,13 +12,17 @@ STALE_AFTER_S = 5.0
 
 @dataclass(slots=True)
 class Load:
-    """Load of a model server as its metrics tell. ``kv_cache_usage`` is a share from 0 to 1."""
+    """Load of a model server as its metrics tell. ``kv_cache_usage`` is a share from 0 to 1.
+
+    ``waiting_known`` says whether they told the number of waiting requests at all; schedulers take 0 otherwise.
+    """
 
     waiting: int = 0
     running: int = 0
     kv_cache_usage: float = 0.0
     block_size: int = 0
     num_blocks: int = 0
+    waiting_known: bool = field(default=False, compare=False)
 
 
 @dataclass(slots=True, eq=False)

@@ -35,6 +35,8 @@ MAX_BODY_BYTES = 32 << 20
 CHUNK_BYTES = 62_000
 """Bodies go back to Envoy in pieces of at most this size, as llm-d's do."""
 REQUEST_PRIORITY = 0
+PICKERS_HEADERS = (a.PREFILLER_HEADER, a.ENCODERS_HEADER)
+"""Headers by which a picker tells the decode server's sidecar where to send parts of the work."""
 
 _propagator = TraceContextTextMapPropagator()
 _log = logging.getLogger(__name__)
@@ -72,6 +74,7 @@ class Exchange:
         self._series: RequestSeries | None = None
         self._running = False
         self._destination = ""
+        self._added: Mapping[str, str] = {}
         self._request: InferenceRequest | None = None
         self._reader: ResponseReader | None = None
         self._streaming = False
@@ -212,6 +215,7 @@ class Exchange:
                 if await services.scheduler.tokenize(request, ready):
                     ready = self._ready()
                 result = services.scheduler.schedule(request, ready, span)
+                self._added = services.scheduler.scheduled(request, result, span)
             except RequestError:
                 raise
             except Exception as error:
@@ -221,7 +225,6 @@ class Exchange:
                 self._take(request, [random.choice(ready)])
                 return
             self._take(request, result.endpoints)
-            services.scheduler.scheduled(request, result)
         except RequestError as error:
             span.fail(error.code, str(error))
             raise
@@ -256,6 +259,10 @@ class Exchange:
         common = response.request_headers.response
         common.clear_route_cache = True
         _set_header(common.header_mutation, a.DESTINATION_HEADER, self._destination)
+        for header, value in self._added.items():
+            _set_header(common.header_mutation, header, value)
+        # What only a picker may say must not come from a client.
+        common.header_mutation.remove_headers.extend(h for h in PICKERS_HEADERS if h not in self._added)
         if self._services.gateway.enabled:
             _set_header(common.header_mutation, "traceparent", traceparent(self._span.context))
         fields = response.dynamic_metadata.fields[a.DESTINATION_NAMESPACE].struct_value.fields

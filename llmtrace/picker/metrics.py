@@ -20,6 +20,8 @@ T = TypeVar("T")
 PREFIX = "llm_d_epp_"
 OVERFLOW = "other"
 """Label value for what exceeds :data:`MAX_SERIES`: model names and fairness ids come from clients."""
+UNKNOWN_MODEL = "unknown"
+"""llm-d's label value, in the metric disagg_decision_total alone, for requests without a model."""
 MAX_SERIES = 1000
 MAX_LABEL_LENGTH = 200
 
@@ -155,6 +157,11 @@ class Metrics:
             _RATIO,
             ("plugin_name", "plugin_type"),
         )
+        self.disagg = counter(
+            "disagg_decision_total",
+            "Requests by the stages that they were split into.",
+            ("plugin_name", "plugin_type", "model_name", "decision_type"),
+        )
         self.registry.register(_PoolCollector(pool))
         self._pairs = _Bounded[tuple[str, str]](MAX_SERIES)
         self._models = _Bounded[str](MAX_SERIES)
@@ -174,8 +181,15 @@ class Metrics:
     def attempt(self, success: bool, model: str, name: str = "", namespace: str = "", port: str = "") -> None:
         """Count a scheduling attempt and where it led."""
         status = "success" if success else "failure"
-        known = self._models.bound(model[:MAX_LABEL_LENGTH])
-        self.attempts.labels(status, OVERFLOW if known is None else known, name, namespace, port).inc()
+        self.attempts.labels(status, self._model(model), name, namespace, port).inc()
+
+    def disaggregated(self, plugin_name: str, plugin_type: str, model: str, decision: str) -> None:
+        """Count a request by what a disaggregating profile handler decided; ``decision`` as llm-d writes it."""
+        self.disagg.labels(plugin_name, plugin_type, self._model(model or UNKNOWN_MODEL), decision).inc()
+
+    def _model(self, name: str) -> str:
+        known = self._models.bound(name[:MAX_LABEL_LENGTH])
+        return OVERFLOW if known is None else known
 
 
 class _Bounded(Generic[T]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from llmtrace.picker.endpoints import Endpoint, Pool
     from llmtrace.picker.metrics import Metrics
     from llmtrace.picker.request import InferenceRequest
-    from llmtrace.picker.spans import Attributes, Tracer
+    from llmtrace.picker.spans import Attributes, Span, Tracer
+
+PREFILL_PROFILE = "prefill"
+"""Name of the profile whose endpoint has the prompt as well: llm-d's producers go by it, whatever the handler's is."""
 
 
 class Parameters(BaseModel):
@@ -42,10 +45,37 @@ class Handle(Protocol):
         """The picker's tracer."""
 
 
+AnyT = TypeVar("AnyT")
+
+
+class Others(Protocol):
+    """The rest of a configuration, as a plugin finds it when every plugin is made."""
+
+    @property
+    def profiles(self) -> Collection[str]:
+        """Names of the scheduling profiles."""
+
+    def profile(self, name: str, where: str) -> None:
+        """See to it that there is a scheduling profile of this name; UserError where there is none."""
+
+    def find(self, name: str, kind: builtins.type[AnyT], where: str, what: str) -> AnyT:
+        """The plugin of this name; UserError where there is none, or it is not of ``kind`` (in words: ``what``)."""
+
+    def producer(self, name: str, where: str) -> None:
+        """See to it that there is a producer of this name; llm-d's default one is made where it is missing."""
+
+    def tokenizer(self, where: str) -> None:
+        """See to it that there is a tokenizer; UserError where there is none."""
+
+
 class Plugin(Generic[ParametersT]):
-    """A configured plugin. ``type`` is llm-d's plugin type; ``name`` the configured name."""
+    """A configured plugin. ``type`` is llm-d's plugin type; ``name`` the configured name.
+
+    ``deprecated_for`` is the type to use instead of one that llm-d deprecates.
+    """
 
     type: ClassVar[str]
+    deprecated_for: ClassVar[str] = ""
     parameters_type: ClassVar[builtins.type[Parameters]] = Parameters
 
     def __init__(self, name: str, parameters: ParametersT, handle: Handle) -> None:
@@ -53,8 +83,19 @@ class Plugin(Generic[ParametersT]):
         self.parameters = parameters
         self.handle = handle
 
+    def connect(self, others: Others) -> None:
+        """Look for what this plugin works with; raises UserError where that is missing or does not fit."""
+
     async def run(self) -> None:
         """What the plugin does beside requests, until cancelled; by default nothing."""
+
+
+class Filter(Plugin[ParametersT]):
+    """Narrows the candidates of a scheduling profile."""
+
+    def filter(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> list[Endpoint]:
+        """Those of ``endpoints`` that remain, in their order."""
+        raise NotImplementedError
 
 
 class Scorer(Plugin[ParametersT]):
@@ -88,15 +129,12 @@ class Tokenizer(Plugin[ParametersT]):
 class Producer(Plugin[ParametersT]):
     """Prepares data about a request before it is scheduled, and learns where it went."""
 
-    needs_tokens: ClassVar[bool] = False
-    """Whether it can do nothing without a tokenizer."""
-
     def produce(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> None:
         """Put the data under the plugin's name into ``request.data``."""
         raise NotImplementedError
 
-    def scheduled(self, request: InferenceRequest, endpoint: Endpoint) -> None:
-        """The request goes to ``endpoint``."""
+    def scheduled(self, request: InferenceRequest, result: SchedulingResult) -> None:
+        """The request goes where ``result`` says."""
         raise NotImplementedError
 
 
@@ -119,19 +157,37 @@ class SchedulingResult:
         """The endpoints that get the request, first choice first."""
         return self.profiles[self.primary].endpoints
 
+    @property
+    def holders(self) -> list[Endpoint]:
+        """The endpoints that will have the prompt in their KV cache, the one that gets the request first."""
+        prefill = self.profiles.get(PREFILL_PROFILE)
+        return [self.endpoints[0], *(prefill.endpoints[:1] if prefill else ())]
+
 
 class ProfileHandler(Plugin[ParametersT]):
-    """Chooses the scheduling profiles to run for a request, and makes one result of theirs."""
+    """Chooses the scheduling profiles to run for a request, step by step, and makes one result of theirs.
+
+    ``results`` are those so far by profile; that of a profile which found no endpoint is None. Spans of the handler
+    hang under ``parent``.
+    """
 
     def pick(
-        self, request: InferenceRequest, profiles: Sequence[str], results: Mapping[str, ProfileResult | None]
-    ) -> list[str]:
-        """Names of the profiles to run next; none ends the scheduling. A failed profile's result is None."""
+        self,
+        request: InferenceRequest,
+        profiles: Collection[str],
+        results: Mapping[str, ProfileResult | None],
+        parent: Span,
+    ) -> Collection[str]:
+        """Names of the profiles to run next, out of ``profiles``; none ends the scheduling."""
         raise NotImplementedError
 
     def process(self, request: InferenceRequest, results: Mapping[str, ProfileResult | None]) -> SchedulingResult:
-        """The overall result; raises NoEndpoint where there is none."""
+        """The overall result; raises RequestError where there is none."""
         raise NotImplementedError
+
+    def prepare(self, request: InferenceRequest, result: SchedulingResult, parent: Span) -> Mapping[str, str]:
+        """Headers to set on the request before it goes where ``result`` says."""
+        return {}
 
 
 class Discovery(Plugin[ParametersT]):

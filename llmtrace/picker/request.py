@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,8 @@ from llmtrace.semconv import attributes as a
 
 BYTES_PER_TOKEN = 4
 """Where no tokenizer is at hand, llm-d takes four bytes of text for a token."""
+
+_MODALITIES = {"image_url": "image", "video_url": "video", "input_audio": "audio", "audio_url": "audio"}
 
 Body = dict[str, Any]
 
@@ -57,14 +59,16 @@ class InferenceRequest:
     """A parsed request.
 
     ``prompts`` holds the input of each prompt as bytes, four bytes a (pseudo-)token, zero-padded; ``tokenized`` says
-    that these are the token ids that the model will see. ``data`` is what producers found out, by producer name.
-    ``model`` is empty where the path is none of the known APIs. ``body`` is kept until the request is scheduled, and
-    ``span`` is the one under which that is traced.
+    that these are the token ids that the model will see. ``modalities`` has the kind of each image, video or sound in
+    them, in their order. ``data`` is what plugins found out about the request, by plugin name. ``model`` is empty where
+    the path is none of the known APIs. ``body`` is kept until the request is scheduled, and ``span`` is the one under
+    which that is traced.
     """
 
     id: str
     model: str = ""
     prompts: tuple[bytes, ...] = ()
+    modalities: tuple[str, ...] = ()
     cache_salt: str = ""
     stream: bool = False
     size_bytes: int = 0
@@ -74,6 +78,11 @@ class InferenceRequest:
     tokenized: bool = False
     body: Body | None = field(default=None, repr=False)
     span: Span = field(default=NO_SPAN, repr=False)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts together: an estimate, unless ``tokenized``."""
+        return sum(map(len, self.prompts)) // BYTES_PER_TOKEN
 
 
 def parse(request_id: str, headers: Mapping[str, str], raw: bytes) -> InferenceRequest:
@@ -95,6 +104,7 @@ def parse(request_id: str, headers: Mapping[str, str], raw: bytes) -> InferenceR
         raise bad_request("error unmarshaling request bodyMap: the body is no JSON object")
     try:
         request.prompts = tuple(prompts_of(body))
+        request.modalities = tuple(_modalities(body)) if prompts_of is _chat else ()
     except RecursionError:
         raise bad_request("error unmarshaling request bodyMap: the body is nested too deeply") from None
     model = body.get("model")
@@ -156,6 +166,14 @@ def _block(block: Any) -> str:
     if isinstance(block, dict) and isinstance(text := block.get("text"), str):
         return text
     return json.dumps(block, separators=(",", ":"))
+
+
+def _modalities(body: Body) -> Iterator[str]:
+    for message in body["messages"]:
+        content = message.get("content")
+        for block in content if isinstance(content, list) else ():
+            if isinstance(block, dict) and isinstance(kind := block.get("type"), str) and kind in _MODALITIES:
+                yield _MODALITIES[kind]
 
 
 def _inputs(value: Any, error: str) -> list[bytes]:

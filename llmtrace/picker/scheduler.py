@@ -5,7 +5,7 @@ Beyond llm-d, each scorer's span carries the score of every endpoint, not the ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from time import perf_counter
 from types import TracebackType
 from typing import Any
@@ -21,7 +21,7 @@ from llmtrace.picker.spans import Attributes, Span, Tracer
 from llmtrace.semconv import attributes as a
 
 SCOPE = "llm-d-router/pkg/epp/scheduling"
-PREPARE, SCORER, PICKER = "DataProducer", "Scorer", "Picker"
+PREPARE, FILTER, SCORER, PICKER = "DataProducer", "Filter", "Scorer", "Picker"
 """llm-d's names of extension points, in the metric plugin_duration_seconds."""
 TRACED_ENDPOINTS = 5
 """How many of the best endpoints the span pick_endpoints names, as llm-d does."""
@@ -61,7 +61,7 @@ class Scheduler:
         handler, profiles = self._configuration.handler, self._configuration.profiles
         results: dict[str, ProfileResult | None] = {}
         try:
-            while names := handler.pick(request, list(profiles), results):
+            while names := handler.pick(request, profiles, results, parent):
                 for name in names:
                     results[name] = self._run(profiles[name], request, endpoints, parent)
             result = handler.process(request, results)
@@ -74,29 +74,44 @@ class Scheduler:
         self._metrics.attempt(True, request.model, chosen.name, chosen.namespace, chosen.port)
         return result
 
-    def scheduled(self, request: InferenceRequest, result: SchedulingResult) -> None:
-        """Tell the producers where the request went."""
+    def scheduled(self, request: InferenceRequest, result: SchedulingResult, parent: Span) -> Mapping[str, str]:
+        """Tell the plugins where the request goes; returns the headers to set on it."""
         for producer in self._configuration.producers:
-            producer.scheduled(request, result.endpoints[0])
+            producer.scheduled(request, result)
+        return self._configuration.handler.prepare(request, result, parent)
 
     def _run(
         self, profile: Profile, request: InferenceRequest, endpoints: Sequence[Endpoint], parent: Span
-    ) -> ProfileResult:
+    ) -> ProfileResult | None:
+        """Run a profile; None where its filters leave no endpoint."""
         with parent.child(a.PROFILE_SPAN, tracer=self._tracer) as span:
             span.attributes[a.PROFILE_NAME] = profile.name
             about: Attributes = {a.REQUEST_ID: request.id}
             if request.model:
                 about[a.REQUEST_MODEL] = request.model
-            self._filter(endpoints, span, about)
-            totals = self._score(profile, request, endpoints, span, about)
-            picked = self._pick(profile, endpoints, totals, span, about)
-        return ProfileResult(picked)
+            left = self._filter(profile, request, endpoints, span, about)
+            if not left:
+                return None
+            totals = self._score(profile, request, left, span, about)
+            return ProfileResult(self._pick(profile, left, totals, span, about))
 
-    def _filter(self, endpoints: Sequence[Endpoint], parent: Span, about: Attributes) -> None:
-        """The span of a step that llm-d always takes; the embedded picker has no filters."""
+    def _filter(
+        self,
+        profile: Profile,
+        request: InferenceRequest,
+        endpoints: Sequence[Endpoint],
+        parent: Span,
+        about: Attributes,
+    ) -> Sequence[Endpoint]:
         with parent.child(a.FILTER_SPAN) as span:
-            count = len(endpoints)
-            span.attributes = {a.FILTER_CANDIDATES: count, **about, a.FILTER_REMAINING: count}
+            left = endpoints
+            for each in profile.filters:
+                with self._timers[FILTER, each.name]:
+                    left = each.filter(request, left)
+                if not left:
+                    break
+            span.attributes = {a.FILTER_CANDIDATES: len(endpoints), **about, a.FILTER_REMAINING: len(left)}
+        return left
 
     def _score(
         self,
@@ -193,5 +208,7 @@ def _extension_points(configuration: Configuration) -> Iterator[tuple[str, Plugi
         yield PREPARE, producer
     for profile in configuration.profiles.values():
         yield PICKER, profile.picker
+        for each in profile.filters:
+            yield FILTER, each
         for weighted in profile.scorers:
             yield SCORER, weighted.scorer

@@ -38,6 +38,7 @@ def parse(text: str) -> Load:
                 continue
             if sample.name == WAITING:
                 load.waiting += int(sample.value)
+                load.waiting_known = True
             elif sample.name == RUNNING:
                 load.running += int(sample.value)
             elif sample.name == KV_CACHE_USAGE:

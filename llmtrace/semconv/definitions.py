@@ -13,11 +13,10 @@ from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from llmtrace.errors import UserError
+from llmtrace.semconv.constants import Constant, constants
 from llmtrace.semconv.format import (
     AttributeEntry,
     AttributeNotes,
-    ConstantNotes,
     EmitterNotes,
     Example,
     Group,
@@ -25,6 +24,7 @@ from llmtrace.semconv.format import (
     ScenarioNotes,
     SignalNotes,
     SpanNotes,
+    fault,
     notes,
     read,
 )
@@ -38,7 +38,7 @@ class AttributeDefinition:
 
     ``type`` is one of Weaver's; an enumeration has type ``string`` (or ``int``) and its ``members``. ``level`` is the
     requirement level where it is used, with ``condition`` in words; ``unless_error`` makes it required wherever the
-    span did not end with an error. ``constant`` is its name in :mod:`llmtrace.semconv.attributes`.
+    span did not end with an error.
     """
 
     id: str
@@ -49,7 +49,6 @@ class AttributeDefinition:
     members: tuple[str | int, ...] = ()
     examples: tuple[Example, ...] = ()
     unit: str = ""
-    constant: str | None = None
     level: str = "recommended"
     condition: str = ""
     unless_error: bool = False
@@ -61,9 +60,7 @@ class Emitter:
 
     component: str
     service: str
-    brief: str
     hint: str = ""
-    constant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,6 @@ class EventDefinition:
     name: str
     brief: str
     attributes: Mapping[str, AttributeDefinition]
-    constant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,6 @@ class SpanDefinition:
     parents: tuple[str, ...] = ()
     remote_parent: bool = False
     links: tuple[str, ...] = ()
-    constant: str | None = None
     scenarios: Mapping[str, ScenarioNotes] = field(default_factory=dict)
 
     @property
@@ -122,16 +117,6 @@ class MetricDefinition:
     brief: str
     origin: str
     attributes: Mapping[str, AttributeDefinition]
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A name of the code: a header, a service, a span, an attribute."""
-
-    name: str
-    value: str
-    brief: str
-    file: str
 
 
 @dataclass(frozen=True)
@@ -191,14 +176,8 @@ class _Loader:
         spans = {g.id: self._span(file, g) for file, g in self._typed("span")}
         spans = {d.id: self._related(d, spans) for d in spans.values()}
         metrics = {g.id: self._metric(file, g) for file, g in self._typed("metric")}
-        constants = tuple(self._constants(spans))
-        seen: dict[str, str] = {}
-        for c in constants:
-            if c.name in seen:
-                raise UserError(f"{c.file}: the constant {c.name} is already in {seen[c.name]}; give another name")
-            seen[c.name] = c.file
         emitters = tuple(self.emitters.values())
-        return Registry(self.attributes, spans, self.events, metrics, emitters, constants)
+        return Registry(self.attributes, spans, self.events, metrics, emitters, constants(self.groups))
 
     def _typed(self, type_: str) -> Iterator[tuple[str, Group]]:
         return ((file, g) for file, g in self.groups if g.type == type_)
@@ -227,7 +206,6 @@ class _Loader:
             members=members,
             examples=entry.example_values(),
             unit=own.unit,
-            constant=own.constant,
         )
         return self._required(base, entry, own)
 
@@ -264,14 +242,11 @@ class _Loader:
                 continue
             if file in emitters:
                 raise fault(file, group.id, "the file has an emitter already")
-            emitters[file] = Emitter(told.component, told.service, told.brief, told.hint, told.constant)
+            emitters[file] = Emitter(told.component, told.service, told.hint)
         return emitters
 
     def _event(self, file: str, group: Group) -> EventDefinition:
-        own = notes(SignalNotes, group.annotations, file, group.id)
-        return EventDefinition(
-            group.id, str(group.name), group.brief, self._attributes(file, group), constant=own.constant
-        )
+        return EventDefinition(group.id, str(group.name), group.brief, self._attributes(file, group))
 
     def _span(self, file: str, group: Group) -> SpanDefinition:
         own = notes(SpanNotes, group.annotations, file, group.id)
@@ -292,7 +267,6 @@ class _Loader:
             parents=tuple(own.parents),
             remote_parent=own.remote_parent,
             links=tuple(own.links),
-            constant=own.constant,
             scenarios=own.scenarios,
         )
 
@@ -329,27 +303,3 @@ class _Loader:
             notes(SignalNotes, group.annotations, file, group.id).origin,
             self._attributes(file, group),
         )
-
-    def _constants(self, spans: Mapping[str, SpanDefinition]) -> Iterator[Constant]:
-        """All constants, file by file: the service, then in the groups' order attributes, names, others."""
-        for file, group in self.groups:
-            if group.type == "attribute_group":
-                own = notes(GroupNotes, group.annotations, file, group.id)
-                if own.emitter and own.emitter.constant:
-                    yield Constant(own.emitter.constant, own.emitter.service, own.emitter.brief, file)
-            for entry in group.attributes:
-                if entry.id and (name := self.attributes[entry.id].constant):
-                    yield Constant(name, entry.id, self.attributes[entry.id].brief, file)
-            if group.type == "span" and (name := spans[group.id].constant):
-                # A name that ends in a star is a prefix to the code.
-                yield Constant(name, spans[group.id].name.removesuffix("*"), group.brief, file)
-            if group.type == "event" and (name := self.events[group.id].constant):
-                yield Constant(name, self.events[group.id].name, group.brief, file)
-            if group.type == "attribute_group":
-                told: list[ConstantNotes] = own.constants
-                yield from (Constant(c.name, c.value, c.brief, file) for c in told)
-
-
-def fault(file: str, group: str, what: str) -> UserError:
-    """The error for a group of a file."""
-    return UserError(f"{file}: group {group}: {what}")

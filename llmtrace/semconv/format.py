@@ -40,6 +40,7 @@ class Member(Strict):
     brief: str = ""
     note: str = ""
     stability: Stability
+    annotations: dict[str, Any] = Field(default_factory=dict)
 
 
 class Enumeration(Strict):
@@ -197,6 +198,12 @@ class GroupNotes(Strict):
     constants: list[ConstantNotes] = Field(default_factory=list)
 
 
+class MemberNotes(Strict):
+    """Annotations of an allowed value."""
+
+    constant: str | None = None
+
+
 class AttributeNotes(Strict):
     """Annotations of an attribute. ``unless_error``: required on every span that did not end with an error."""
 
@@ -260,7 +267,12 @@ def notes(model: type[NotesT], annotations: Mapping[str, Any], file: str, group:
     try:
         return model.model_validate(annotations.get(KEY, {}))
     except ValidationError as error:
-        raise UserError(f"{file}: group {group}: annotations.{KEY}: {_said(error)}") from None
+        raise fault(file, group, f"annotations.{KEY}: {_said(error)}") from None
+
+
+def fault(file: str, group: str, what: str) -> UserError:
+    """The error for a group of a file."""
+    return UserError(f"{file}: group {group}: {what}")
 
 
 def _groups(path: Path) -> list[Group]:
@@ -276,7 +288,7 @@ def _groups(path: Path) -> list[Group]:
         number = location[1] if len(location) > 1 and location[0] == "groups" else None
         named = data["groups"][number] if isinstance(number, int) else None
         name = named.get("id", f"number {number}") if isinstance(named, dict) else "-"
-        raise UserError(f"{path.name}: group {name}: {_said(error)}") from None
+        raise fault(path.name, name, _said(error)) from None
 
 
 def _said(error: ValidationError) -> str:

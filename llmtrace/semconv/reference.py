@@ -153,6 +153,8 @@ def _others(declared: Registry) -> str:
         *declared.attributes,
         *(span.name.removesuffix("*") for span in declared.spans.values()),
         *(event.name for event in declared.events.values()),
+        *(metric.name for metric in declared.metrics.values()),
+        *(str(member) for attribute in declared.attributes.values() for member in attribute.members),
     }
     rows = ((_code(c.value), c.brief) for c in declared.constants if c.value not in telemetry)
     return table(("name", "meaning"), rows)

@@ -1,81 +1,56 @@
-"""Every place in which llmtrace.engine touches vLLM, compared with the source of installed vLLMs, which need not run.
+"""Every place in which llmtrace.engine touches vLLM, compared with the source of vLLMs, none of which runs.
 
-LLMTRACE_VLLM_SOURCES adds folders that hold a ``vllm`` package, such as an unpacked wheel (separated by ``:``).
+Always with the releases that the plugin says it was checked with, and with those that the kit has installed.
+LLMTRACE_VLLM_SOURCES adds folders that hold a ``vllm`` package, such as a checkout (separated by ``:``). With
+LLMTRACE_OFFLINE set, a release whose source was never fetched is skipped.
 """
 
 from __future__ import annotations
 
 import ast
 import os
-from functools import cache
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from vllm_names import attributes, class_of, lacking
+from vllm_source import PINS, SourceUnavailableError, fetch, folder
 
-from llmtrace.engine.compat import HOOKS, NAMES, Hook, Name
+from llmtrace.engine.compat import CHECKED_VERSIONS, HOOKS, NAMES, Hook, Name
+from llmtrace.stack import cache_home
 
-KIT_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmtrace-kit"
+pytestmark = pytest.mark.timeout(300)  # a first fetch over a slow line
+CACHE = cache_home()
 
 
-def sources() -> list[Path]:
-    found = [path.parent for path in KIT_CACHE.glob("vllm/*/lib/python3*/site-packages/vllm/__init__.py")]
+def others() -> list[Path]:
+    """The packages ``vllm`` that are on this machine."""
+    installed = [path.parent for path in CACHE.glob("vllm/*/lib/python3*/site-packages/vllm/__init__.py")]
     named = [Path(text) for text in os.environ.get("LLMTRACE_VLLM_SOURCES", "").split(":") if text]
-    return found + [path if path.name == "vllm" else path / "vllm" for path in named]
+    return installed + [path if path.name == "vllm" else path / "vllm" for path in named]
 
 
-SOURCES = sources()
-pytestmark = pytest.mark.skipif(not SOURCES, reason=f"no vLLM under {KIT_CACHE}/vllm; `llmtrace up` installs one")
-
-
-@pytest.fixture(params=SOURCES, ids=str)
+@pytest.fixture(scope="session", params=[*PINS, *others()], ids=str)
 def vllm(request: pytest.FixtureRequest) -> Path:
-    return Path(request.param)
+    """The package ``vllm`` of a release or a folder."""
+    if isinstance(request.param, Path):
+        return request.param
+    version: str = request.param
+    if os.environ.get("LLMTRACE_OFFLINE") and not folder(version, CACHE).is_dir():
+        pytest.skip(f"LLMTRACE_OFFLINE is set, and the source of vLLM {version} was not fetched before")
+    try:
+        return fetch(version, PINS[version], CACHE)
+    except SourceUnavailableError as error:
+        pytest.fail(f"{error} LLMTRACE_OFFLINE=1 skips what needs it.", pytrace=False)
 
 
-@cache
-def class_of(vllm: Path, module: str, owner: str) -> ast.ClassDef | None:
-    base = vllm.parent / Path(*module.split("."))
-    path = next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.exists()), None)
-    if path is None:
-        return None
-    tree = ast.parse(path.read_text())
-    return next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == owner), None)
+def test_the_releases_are_those_that_the_plugin_was_checked_with() -> None:
+    assert {".".join(version.split(".")[:2]) for version in PINS} == set(CHECKED_VERSIONS)
 
 
-def attributes(owner: ast.ClassDef) -> set[str]:
-    """Methods, fields, and what its methods assign to ``self``."""
-    found: set[str] = set()
-    for node in owner.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            found.add(node.name)
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            found.add(node.target.id)
-        elif isinstance(node, ast.Assign):
-            found.update(target.id for target in node.targets if isinstance(target, ast.Name))
-    for node in ast.walk(owner):
-        stored = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
-        if stored and isinstance(node.value, ast.Name) and node.value.id == "self":
-            found.add(node.attr)
-    return found
-
-
-@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.name)
-def test_hook_is_there(vllm: Path, hook: Hook) -> None:
-    owner = class_of(vllm, hook.module, hook.owner)
-    assert owner is not None, f"{hook.module}.{hook.owner} is gone: without it {hook.without}"
-    function = next(
-        (node for node in owner.body if isinstance(node, ast.FunctionDef) and node.name == hook.function), None
-    )
-    assert function is not None, f"{hook.path} is gone: without it {hook.without}"
-    parameters = [argument.arg for argument in function.args.args][1:]
-    assert tuple(parameters[: len(hook.parameters)]) == hook.parameters, f"{hook.path} takes {parameters}"
-
-
-@pytest.mark.parametrize("name", NAMES, ids=lambda name: name.path)
-def test_name_is_there(vllm: Path, name: Name) -> None:
-    owner = class_of(vllm, name.module, name.owner)
-    assert owner is not None, f"{name.module}.{name.owner} is gone ({name.reason})"
-    assert name.attribute in attributes(owner), f"{name.path} is gone ({name.reason})"
+def test_every_hook_and_name_is_there(vllm: Path) -> None:
+    assert lacking(vllm) == []
 
 
 def test_traces_go_where_the_flag_says(vllm: Path) -> None:
@@ -110,3 +85,55 @@ def test_trace_headers_are_echoed_untouched(vllm: Path) -> None:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "trace_headers"
     )
     assert ast.unparse(field.annotation) == "Mapping[str, str] | None"
+
+
+# That the comparison can fail: a package written from the table, with one thing of it changed.
+
+
+def written(root: Path, hooks: Iterable[Hook] = HOOKS, names: Iterable[Name] = NAMES) -> Path:
+    """A package ``vllm`` that has these, and nothing else."""
+    bodies: dict[str, dict[str, list[str]]] = {}
+    for hook in hooks:
+        parameters = ", ".join(("self", *hook.parameters, "more=None"))
+        bodies.setdefault(hook.module, {}).setdefault(hook.owner, []).append(f"def {hook.function}({parameters}): ...")
+    for name in names:
+        bodies.setdefault(name.module, {}).setdefault(name.owner, []).append(f"{name.attribute}: object")
+    for module, classes in bodies.items():
+        path = root.joinpath(*module.split(".")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = (line for owner, body in classes.items() for line in (f"class {owner}:", *(f"    {b}" for b in body)))
+        path.write_text("\n".join(lines) + "\n")
+    return root / "vllm"
+
+
+def test_a_package_that_has_the_table_lacks_nothing(tmp_path: Path) -> None:
+    assert lacking(written(tmp_path)) == []
+
+
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.name)
+def test_a_renamed_hook_is_named(tmp_path: Path, hook: Hook) -> None:
+    hooks = [replace(h, function=f"{h.function}_v2") if h is hook else h for h in HOOKS]
+    (fault,) = lacking(written(tmp_path, hooks))
+    assert fault.startswith(f"{hook.path} is gone: without it ")
+
+
+@pytest.mark.parametrize("hook", [hook for hook in HOOKS if hook.parameters], ids=lambda hook: hook.name)
+def test_a_moved_parameter_is_named(tmp_path: Path, hook: Hook) -> None:
+    hooks = [replace(h, parameters=("first", *h.parameters)) if h is hook else h for h in HOOKS]
+    (fault,) = lacking(written(tmp_path, hooks))
+    assert fault.startswith(f"{hook.path} takes (first, {', '.join(hook.parameters)}, more), not (")
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: name.path)
+def test_a_name_that_is_gone_is_named(tmp_path: Path, name: Name) -> None:
+    (fault,) = lacking(written(tmp_path, names=[n for n in NAMES if n is not name] + [replace(name, attribute="x")]))
+    assert fault == f"{name.path} is gone ({name.reason})"
+
+
+def test_a_class_and_a_module_that_are_gone_are_named(tmp_path: Path) -> None:
+    package = written(tmp_path, (hook for hook in HOOKS if hook.name != "create_engine_config"))
+    (fault,) = lacking(package)
+    assert fault.startswith("vllm.engine.arg_utils.EngineArgs is gone")
+    scheduler = written(tmp_path / "other", HOOKS, (name for name in NAMES if name.owner != "PrefillStats"))
+    assert len(lacking(scheduler)) == 3
+    assert all(fault.startswith("vllm.v1.metrics.stats.PrefillStats is gone") for fault in lacking(scheduler))

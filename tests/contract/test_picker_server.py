@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from picking import (
+    DISAGGREGATED,
     PREFIX_AWARE,
     chat,
+    headers_removed,
     headers_set,
     request_body,
     request_headers,
@@ -48,6 +50,7 @@ from llmtrace.traces import otlp
 from llmtrace.traces.model import Span
 
 DESTINATION = "x-gateway-destination-endpoint"
+PREFILLER = "x-prefiller-host-port"
 DROPPED_REASON = "x-llm-d-request-dropped-reason"
 SPANS = sorted(
     (
@@ -62,6 +65,8 @@ SPANS = sorted(
         "pick_endpoints",
     )
 )
+DISAGGREGATED_SPANS = {True: 17, False: 11}
+"""Spans of a request that is split, and of one that is not."""
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 PAGE = """\
@@ -93,7 +98,8 @@ def until(condition: Callable[[], Any], what: str, timeout_s: float = WAIT_S) ->
 class ModelServer:
     """Metrics of a model server; ``hold`` makes them wait until ``release`` is set."""
 
-    def __init__(self, page: str = PAGE, *, hold: bool = False, port: int = 0) -> None:
+    def __init__(self, page: str = PAGE, *, hold: bool = False, port: int = 0, role: str = "") -> None:
+        self.labels = {"llm-d.ai/role": role} if role else {}
         self.scrapes = 0
         self.release = threading.Event()
         if not hold:
@@ -183,7 +189,10 @@ def receiving() -> Iterator[Receiver]:
 
 def write_endpoints(path: Path, servers: list[ModelServer]) -> None:
     """Replace the file in one step, as a careful writer does."""
-    entries = [{"name": f"vllm-{server.port}", "address": "127.0.0.1", "port": str(server.port)} for server in servers]
+    entries = [
+        {"name": f"vllm-{server.port}", "address": "127.0.0.1", "port": str(server.port), "labels": server.labels}
+        for server in servers
+    ]
     new = path.with_suffix(".new")
     new.write_text(yaml.safe_dump({"endpoints": entries}))
     new.replace(path)
@@ -192,7 +201,9 @@ def write_endpoints(path: Path, servers: list[ModelServer]) -> None:
 class Running:
     """A picker in a process of its own."""
 
-    def __init__(self, folder: Path, servers: list[ModelServer], **environment: str) -> None:
+    def __init__(
+        self, folder: Path, servers: list[ModelServer], content: dict[str, Any] = PREFIX_AWARE, **environment: str
+    ) -> None:
         self.endpoints = folder / "endpoints.yaml"
         write_endpoints(self.endpoints, servers)
         discovery = {
@@ -201,7 +212,7 @@ class Running:
             "parameters": {"path": str(self.endpoints), "watchFile": True},
         }
         config = folder / "picker.yaml"
-        config.write_text(yaml.safe_dump({**PREFIX_AWARE, "plugins": [discovery, *PREFIX_AWARE["plugins"][1:]]}))
+        config.write_text(yaml.safe_dump({**content, "plugins": [discovery, *content["plugins"][1:]]}))
         self.port, self.health_port, self.metrics_port = free_port(), free_port(), free_port()
         self.log = folder / "picker.log"
         inherited = {
@@ -257,8 +268,10 @@ class Running:
 
 
 @contextmanager
-def running(folder: Path, servers: list[ModelServer], **environment: str) -> Iterator[Running]:
-    picker = Running(folder, servers, **environment)
+def running(
+    folder: Path, servers: list[ModelServer], content: dict[str, Any] = PREFIX_AWARE, **environment: str
+) -> Iterator[Running]:
+    picker = Running(folder, servers, content, **environment)
     try:
         picker.wait_until_serving()
         yield picker
@@ -520,6 +533,38 @@ async def test_many_exchanges_at_once(gateway: Gateway, picker: Running, servers
     assert len(found) == number
     assert set(found) <= {server.address for server in servers}
     until(lambda: picker.value("llm_d_epp_request_running") == 0, "the end of all exchanges")
+
+
+async def test_the_sidecar_is_told_where_to_prefill_by_the_picker_alone(tmp_path: Path) -> None:
+    """x-prefiller-host-port names the prefill server of a request that is split, whatever a client sent; else it goes.
+
+    Sources: llm-d-router, pkg/common/routing/common.go and pkg/sidecar/proxy/chat_completions.go.
+    """
+    with (
+        closing(ModelServer(role="prefill")) as prefill,
+        closing(ModelServer(role="decode")) as decode,
+        receiving() as receiver,
+        running(tmp_path, [prefill, decode], DISAGGREGATED, **exporting_to(receiver)) as picker,
+    ):
+        async with gateway_of(picker) as gateway:
+            for number, injected in ((0xE1, {}), (0xE2, {}), (0xE3, {PREFILLER: "127.0.0.1:1"})):
+                stream = gateway.stream(traceparent(number))
+                headers = {key.replace("-", "_"): value for key, value in injected.items()}
+                await stream.send(request_headers(**headers), request_body(chat("word " * 600)))
+                routed = await stream.read()
+                assert headers_set(routed)[DESTINATION] == decode.address
+                split = number == 0xE1
+                assert headers_set(routed).get(PREFILLER) == (prefill.address if split else None)
+                assert (PREFILLER in headers_removed(routed)) == (not split)
+                stream.call.cancel()
+                spans = receiver.wait(trace_id(number), DISAGGREGATED_SPANS[split])
+                (why,) = [span.attributes for span in spans if span.name == "prepare_disaggregation"]
+                assert why["llmtrace.pd.decision"] == ("split" if split else "unified")
+                assert why["llmtrace.pd.decode_endpoint"] == f"default/vllm-{decode.port}"
+                assert why["llmtrace.pd.decode_waiting"] == 0, "as the scrape said"
+        for decision, count in (("prefill-decode", 1), ("decode-only", 2)):
+            labels = {"model_name": "smol", "decision_type": decision}
+            assert picker.value("llm_d_epp_disagg_decision_total", **labels) == count
 
 
 async def test_endpoints_are_replaced_while_running(tmp_path: Path) -> None:

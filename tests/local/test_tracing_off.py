@@ -53,7 +53,7 @@ def test_a_stopped_collector_is_named() -> None:
 
 
 # The model servers come last: they restart for a minute.
-@pytest.mark.parametrize("component", ["envoy", "picker", "vllm"])
+@pytest.mark.parametrize("component", ["envoy", "picker", "engine", "vllm"])
 def test_a_component_without_tracing_is_named(component: str) -> None:
     switched = llmtrace("up", "-e", json.dumps({"tracing_off": [component], "vllm_servers": 1}))
     assert switched.returncode == 0, switched.stdout + switched.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 STACK = {
     "profile": "local",
+    "scenario": "prefix-cache",
     "run_dir": "/run",
     "log_dir": "/log",
     "supervisor_conf": "/etc/supervisord.conf",

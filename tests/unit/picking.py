@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,50 @@ PREFIX_AWARE: dict[str, Any] = {
     "dataLayer": {"discovery": {"pluginRef": "endpoints"}},
 }
 
+DISAGGREGATED: dict[str, Any] = {
+    **PREFIX_AWARE,
+    "plugins": [
+        *PREFIX_AWARE["plugins"][:4],
+        {"type": "prefix-based-pd-decider", "parameters": {"nonCachedTokens": 512}},
+        {"type": "disagg-profile-handler", "parameters": {"deciders": {"prefill": "prefix-based-pd-decider"}}},
+        {"type": "prefill-filter"},
+        {"type": "decode-filter"},
+        {"type": "max-score-picker"},
+    ],
+    "schedulingProfiles": [
+        {
+            "name": "prefill",
+            "plugins": [
+                {"pluginRef": "prefill-filter"},
+                {"pluginRef": "queue-scorer", "weight": 1},
+                {"pluginRef": "max-score-picker"},
+            ],
+        },
+        {
+            "name": "decode",
+            "plugins": [
+                {"pluginRef": "decode-filter"},
+                {"pluginRef": "prefix-cache-scorer", "weight": 2},
+                {"pluginRef": "queue-scorer", "weight": 1},
+                {"pluginRef": "max-score-picker"},
+            ],
+        },
+    ],
+}
+"""llm-d's example of prefill/decode disaggregation, with the threshold of the recorded traces."""
 
-def endpoint(number: int, *, ready: bool = True, **load: Any) -> Endpoint:
-    made = Endpoint(f"vllm-{number}", "default", f"10.0.0.{number + 1}", "8000", load=Load(**load))
+
+def endpoint(number: int, *, ready: bool = True, name: str = "vllm", net: int = 0, **load: Any) -> Endpoint:
+    known = Load(waiting_known="waiting" in load, **load)
+    made = Endpoint(f"{name}-{number}", "default", f"10.{net}.0.{number + 1}", "8000", load=known)
     made.answered_at = time.monotonic() if ready else None
+    return made
+
+
+def server(role: str, number: int = 0, **load: Any) -> Endpoint:
+    """A model server of this role: default/prefill-0 at 10.1.0.1, default/decode-0 at 10.2.0.1, others at 10.3.0.1."""
+    made = endpoint(number, name=role, net={"prefill": 1, "decode": 2}.get(role, 3), **load)
+    made.labels = {"llm-d.ai/role": role}
     return made
 
 
@@ -98,11 +139,13 @@ class PromptExchange(Exchange):
 class Picker:
     """A picker whose spans and metrics can be looked at."""
 
-    def __init__(self, tmp_path: Path, content: dict[str, Any] | None = None, endpoints: int = 2) -> None:
+    def __init__(
+        self, tmp_path: Path, content: dict[str, Any] | None = None, endpoints: int | Iterable[Endpoint] = 2
+    ) -> None:
         self.memory = Memory()
         self.tracer = Tracer(TracerProvider(), self.memory, "test")
         self.handle = Handle(tracer=self.tracer)
-        self.handle.pool.replace(endpoint(number) for number in range(endpoints))
+        self.handle.pool.replace(map(endpoint, range(endpoints)) if isinstance(endpoints, int) else endpoints)
         path = tmp_path / "picker.yaml"
         path.write_text(yaml.safe_dump(content or PREFIX_AWARE))
         self.configuration = config.load(path, self.handle)
@@ -156,6 +199,10 @@ def response_body(body: bytes, *, end_of_stream: bool = True) -> Any:
 
 def chat(content: str = "Hello", **fields: Any) -> bytes:
     return json.dumps({"model": "smol", "messages": [{"role": "user", "content": content}], **fields}).encode()
+
+
+def headers_removed(response: Any) -> list[str]:
+    return list(response.request_headers.response.header_mutation.remove_headers)
 
 
 def headers_set(response: Any, part: str = "request_headers") -> dict[str, str]:

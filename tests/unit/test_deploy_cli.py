@@ -90,15 +90,19 @@ def test_outside_a_checkout_the_error_says_what_to_do(monkeypatch: pytest.Monkey
         playbook.run("site.yml")
 
 
-def test_the_source_digest_follows_the_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "picker").mkdir()
-    (tmp_path / "errors.py").touch()
-    (tmp_path / "telemetry.py").touch()
+def test_the_source_digests_follow_the_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for folder in ("picker", "sidecar", "traces", "engine", "semconv"):
+        (tmp_path / folder).mkdir()
+    for name in ("__init__.py", "errors.py", "telemetry.py", "semconv/attributes.py"):
+        (tmp_path / name).touch()
     monkeypatch.setattr(source, "PACKAGE", tmp_path)
-    before = source.digest()
-    assert source.digest() == before
+    before = source.digests()
+    assert source.digests() == before
     (tmp_path / "picker/new.py").touch()
-    assert source.digest() != before
+    after = source.digests()
+    assert (after["services"] != before["services"], after["engine"] != before["engine"]) == (True, False)
+    (tmp_path / "engine/new.py").touch()
+    assert source.digest("engine") != before["engine"]
 
 
 def test_two_runs_at_once_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

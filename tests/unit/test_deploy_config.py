@@ -69,6 +69,70 @@ def test_supervisord_accepts_its_configuration(etc: Path) -> None:
     }
 
 
+@pytest.fixture(scope="module")
+def disaggregated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The other scenario, rendered over the first one's files."""
+    home = tmp_path_factory.mktemp("state")
+    render(home, CHANGED)
+    return render(home, {"scenario": "pd-disaggregation", "pd_threshold_tokens": 300})
+
+
+def test_another_scenario_has_its_own_processes(disaggregated: Path) -> None:
+    options = ServerOptions()
+    options.realize(["-c", str(disaggregated / "supervisord.conf")])
+    assert {group.name for group in options.process_group_configs} == {
+        *("envoy", "collector", "prometheus", "store"),
+        *("picker-by-threshold", "picker-always-split", "picker-never-split"),
+        *("prefill-0", "decode-0", "decode-1", "sidecar-decode-0", "sidecar-decode-1"),
+    }
+    run(program("envoy/*/envoy/_bin/envoy"), "--mode", "validate", "--config-path", disaggregated / "envoy.yaml")
+    run(program("prometheus/*/promtool"), "check", "config", disaggregated / "prometheus.yaml")
+
+
+def test_requests_reach_decode_servers_through_their_sidecars(disaggregated: Path) -> None:
+    endpoints = read(disaggregated / "endpoints.yaml")["endpoints"]
+    assert [(e["name"], e["port"], e["labels"]["llm-d.ai/role"]) for e in endpoints] == [
+        ("prefill-0", "18100", "prefill"),
+        ("decode-0", "18200", "decode"),
+        ("decode-1", "18201", "decode"),
+    ]
+    command = program_section(disaggregated, "sidecar-decode-1")["command"]
+    assert "--port 18201 --model-server-port 18102" in command
+
+
+def test_prefill_and_decode_servers_move_kv(disaggregated: Path) -> None:
+    for name, role, port in (("prefill-0", "kv_producer", "18300"), ("decode-1", "kv_consumer", "18302")):
+        environment = environment_of(disaggregated, name)
+        assert environment["VLLM_NIXL_SIDE_CHANNEL_PORT"] == port
+        assert [Path(part).parent.name for part in environment["PYTHONPATH"].split(":")] == ["engine", "nixl"]
+        assert role in program_section(disaggregated, name)["command"]
+
+
+@pytest.mark.parametrize(
+    ("arm", "decider"),
+    [
+        ("by-threshold", {"type": "prefix-based-pd-decider", "parameters": {"nonCachedTokens": 300}}),
+        ("always-split", {"type": "always-disagg-pd-decider"}),
+        ("never-split", {"type": "prefix-based-pd-decider", "parameters": {"nonCachedTokens": 0}}),
+    ],
+)
+def test_the_arms_differ_only_in_who_decides(disaggregated: Path, arm: str, decider: dict[str, Any]) -> None:
+    config = read(disaggregated / f"picker-{arm}.yaml")
+    assert decider in config["plugins"]
+    config["plugins"].remove(decider)
+    handler = next(plugin for plugin in config["plugins"] if plugin["type"] == "disagg-profile-handler")
+    assert handler["parameters"].pop("deciders") == {"prefill": decider["type"]}
+    other = read(disaggregated / "picker-never-split.yaml")
+    assert [p["type"] for p in other["plugins"] if "decider" not in p["type"]] == [p["type"] for p in config["plugins"]]
+    assert config["schedulingProfiles"] == other["schedulingProfiles"]
+
+
+def test_the_plugin_is_on_the_model_servers_path_unless_switched_off(etc: Path, tmp_path: Path) -> None:
+    assert Path(environment_of(etc, "vllm-0")["PYTHONPATH"]).parent.name == "engine"
+    without = render(tmp_path, {"tracing_off": ["engine"]})
+    assert environment_of(without, "vllm-0")["PYTHONPATH"] == ""
+
+
 def test_every_process_binds_to_loopback_only(etc: Path) -> None:
     for path in etc.rglob("*"):
         if path.is_file():

@@ -10,6 +10,7 @@ import pytest
 
 from llmtrace.deploy import doctor, playbook
 from llmtrace.deploy.doctor import GIB, Facts, Holder, Port, Requirements
+from llmtrace.errors import UserError
 
 CACHE, STATE = Path("/cache"), Path("/state")
 NEEDS = Requirements(
@@ -110,16 +111,26 @@ def test_gather_names_the_process_that_listens_and_the_half_finished_install(tmp
     assert not facts.running
 
 
-def test_the_default_inventory_has_every_port_once() -> None:
-    variables = playbook.default_variables()
+@pytest.mark.parametrize(
+    ("scenario", "count"), [("prefix-cache", 2 + 6 + 3 + 7), ("pd-disaggregation", 3 + 9 + 3 + 2 + 3 + 7)]
+)
+def test_the_default_inventory_has_every_port_once(scenario: str, count: int) -> None:
+    variables = playbook.default_variables() | {"scenario": scenario}
     ports = doctor.ports_of(variables)
-    assert len({port.number for port in ports}) == len(ports) == 2 + 6 + 3 + 7
+    assert len({port.number for port in ports}) == len(ports) == count
     written = {name for name in variables if name.endswith(("_port", "_ports"))}
-    assert {port.variable.split(".")[0] for port in ports} == written
+    unused = {"prefix-cache": {"sidecar_base_port", "vllm_side_channel_base_port"}, "pd-disaggregation": set()}
+    assert {port.variable.split(".")[0] for port in ports} == written - unused[scenario]
 
 
 @pytest.mark.parametrize("value", ["many", 0, 70000])
 def test_a_port_that_is_none_is_named(value: object) -> None:
     variables = playbook.default_variables() | {"store_port": value}
-    with pytest.raises(ValueError, match="store_port"):
+    with pytest.raises(UserError, match="store_port"):
+        doctor.ports_of(variables)
+
+
+def test_gateways_of_another_form_are_named() -> None:
+    variables = playbook.default_variables() | {"gateway_ports": {"random": 18081}}
+    with pytest.raises(UserError, match=r"gateway_ports\.prefix-cache is None"):
         doctor.ports_of(variables)

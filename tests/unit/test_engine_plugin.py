@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import json
 import logging
+import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,13 +25,15 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, Sampler
 from opentelemetry.trace import SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from llmtrace.engine import collector, compat, drops, frontend, plugin
 from llmtrace.engine.facts import FACTS_HEADER, MAX_CHUNKS
 from llmtrace.engine.frontend import Frontend, external_id
 from llmtrace.engine.hooks import Guard, wrap
 from llmtrace.engine.switch import switch_on, traces_endpoint
-from llmtrace.semconv import engine as names
+from llmtrace.semconv import attributes as names
 
 HOOK_NAMES = ("add_request", "schedule", "update_from_output", "finish_requests", "do_tracing", "process_outputs")
 
@@ -205,7 +210,7 @@ def test_request_from_queue_to_end(world: World) -> None:
         assert attributes(spans[name])[names.DP_RANK] == 2
         assert attributes(spans[name])[names.ENGINE_ID] == "engine-a"
     assert attributes(spans["queue"])[names.QUEUE_POSITION] == 3
-    assert attributes(spans["prefill"])[names.CHUNKS] == 2
+    assert attributes(spans["prefill"])[names.PREFILL_CHUNKS] == 2
     chunks = [event for event in spans["prefill"].events if event.name == names.CHUNK_EVENT]
     assert [dict(event.attributes or {}) for event in chunks] == [
         {names.CHUNK_TOKENS: 200, names.CHUNK_BATCH_REQUESTS: 0, names.CHUNK_BATCH_TOKENS: 0},
@@ -213,9 +218,9 @@ def test_request_from_queue_to_end(world: World) -> None:
     ]
     decode = attributes(spans["decode"])
     assert decode[names.OUTPUT_TOKENS] == 4
-    assert decode[names.GAP_MAX] == pytest.approx(550)
+    assert decode[names.TOKEN_GAP_MAX] == pytest.approx(550)
     assert decode[names.TPOT_MEAN] == pytest.approx(250)
-    assert decode[names.KV_BLOCKS] == 3
+    assert decode[names.KV_CACHE_BLOCKS] == 3
 
 
 @pytest.mark.parametrize("headers", [None, {}, {"traceparent": UNSAMPLED}])
@@ -348,8 +353,8 @@ def test_remote_kv(world: World) -> None:
     ]
     load = next(span for span in spans if span.name == "kv_load")
     assert (load.end_time or 0) - (load.start_time or 0) == pytest.approx(40_000_000, abs=1000)
-    assert attributes(load)[names.LOAD_TOKENS] == 172
-    assert attributes(load)[names.LOAD_REMOTE_ENGINE] == "prefiller"
+    assert attributes(load)[names.KV_LOAD_TOKENS] == 172
+    assert attributes(load)[names.KV_LOAD_REMOTE_ENGINE] == "prefiller"
 
 
 def test_speculative_decoding(world: World) -> None:
@@ -387,7 +392,7 @@ def test_long_prefill_keeps_some_chunks_and_counts_all(world: World) -> None:
     request.is_prefill_chunk = False
     world.step({"r": 1}, 10.0, outputs=(world.out(request, 1, Status.FINISHED_STOPPED),))
     prefill = by_name(world.spans())["prefill"]
-    assert attributes(prefill)[names.CHUNKS] == MAX_CHUNKS + 12
+    assert attributes(prefill)[names.PREFILL_CHUNKS] == MAX_CHUNKS + 12
     assert len(prefill.events) == MAX_CHUNKS + 1
 
 
@@ -420,7 +425,7 @@ def test_drops_are_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     data = reader.get_metrics_data()
     assert data is not None
     (metric,) = data.resource_metrics[0].scope_metrics[0].metrics
-    assert metric.name == names.DROPPED_METRIC
+    assert metric.name == names.ENGINE_DROPPED_METRIC
     assert [point.value for point in metric.data.data_points] == [3]
 
 
@@ -624,19 +629,65 @@ def test_without_vllm_register_says_so_and_lives(monkeypatch: pytest.MonkeyPatch
     engine.register()
 
 
-def test_imports_nothing_but_opentelemetry_vllm_and_its_own_names() -> None:
+def imported(path: Path) -> Iterator[str]:
+    """The modules that a file imports anywhere in it, and what it takes from the kit's own packages."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            inside = module.split(".")[0] == "llmtrace"
+            yield from (f"{module}.{alias.name}" if inside else module for alias in node.names)
+
+
+def test_imports_nothing_but_opentelemetry_vllm_and_the_constants() -> None:
     """It goes into other people's images."""
-    found: set[str] = set()
-    for path in Path(plugin.__file__).parent.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                found.update(alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom):
-                found.add(node.module or "")
-    own = {name for name in found if name.split(".")[0] == "llmtrace"}
-    assert all(name in ("llmtrace", "llmtrace.semconv") or name.startswith("llmtrace.engine") for name in own)
+    found = {name for path in Path(plugin.__file__).parent.glob("*.py") for name in imported(path)}
+    own = {name for name in found if name.startswith("llmtrace.") and not name.startswith("llmtrace.engine.")}
+    assert own == {"llmtrace.__version__", "llmtrace.semconv.attributes"}
     others = {name.split(".")[0] for name in found} - set(sys.stdlib_module_names)
     assert others == {"llmtrace", "opentelemetry", "vllm"}
+
+
+ALONE = """
+import importlib, json, pkgutil, sys
+sys.modules.update(dict.fromkeys(sys.argv[1:]))  # importing one of these fails
+import llmtrace.engine
+for module in pkgutil.iter_modules(llmtrace.engine.__path__):
+    importlib.import_module("llmtrace.engine." + module.name)
+print(json.dumps([name for name in sys.modules if name.split(".")[0] == "llmtrace"]))
+"""
+
+
+def base_install() -> set[str]:
+    """The distributions of ``pip install llmtrace``: those that it requires without an extra, and theirs."""
+    found: set[str] = set()
+    left = ["llmtrace"]
+    while left:
+        name = canonicalize_name(left.pop())
+        if name not in found:
+            found.add(name)
+            wanted = [Requirement(text) for text in metadata.requires(name) or ()]
+            left += [r.name for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return found
+
+
+def test_loads_where_there_is_only_the_base_install() -> None:
+    """Every module of it, in a Python of its own that cannot import what only the kit's extras bring."""
+    base = base_install()
+    blocked = [
+        package
+        for package, owners in metadata.packages_distributions().items()
+        if not base.intersection(map(canonicalize_name, owners))
+    ]
+    assert {"pydantic", "yaml", "httpx"} <= set(blocked)
+    command = [sys.executable, "-c", ALONE, *blocked]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 0, ran.stderr
+    loaded = set(json.loads(ran.stdout))
+    assert {"llmtrace.engine.plugin", "llmtrace.engine.collector", "llmtrace.engine.spans"} <= loaded
+    others = {name for name in loaded if name != "llmtrace.engine" and not name.startswith("llmtrace.engine.")}
+    assert others == {"llmtrace", "llmtrace.semconv", "llmtrace.semconv.attributes"}
 
 
 def test_vllm_is_imported_only_when_it_is_there() -> None:

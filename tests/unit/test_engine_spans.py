@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llmtrace.engine import clock
 from llmtrace.engine.facts import Facts, Load, Preemption, from_wire, is_sampled, to_wire
 from llmtrace.engine.spans import Phase, Window, phases
-from llmtrace.semconv import engine as names
+from llmtrace.semconv import attributes as names
 
 OFFSET = 1_700_000_000 * clock.NS_PER_S
 MS = 1_000_000
@@ -60,9 +60,9 @@ def test_plain_request() -> None:
     assert queue.attributes == common | {
         names.QUEUE_REASON: "admission",
         names.QUEUE_POSITION: 3,
-        names.RUNNING: 4,
-        names.WAITING: 1,
-        names.KV_USAGE: 0.25,
+        names.QUEUE_RUNNING: 4,
+        names.QUEUE_WAITING: 1,
+        names.KV_CACHE_USAGE: 0.25,
     }
     assert prefill.attributes == common | {
         names.INPUT_TOKENS: 300,
@@ -70,16 +70,16 @@ def test_plain_request() -> None:
         names.LOCAL_CACHED_TOKENS: 128,
         names.EXTERNAL_CACHED_TOKENS: 0,
         names.CACHED_TOKENS: 128,
-        names.CHUNKS: 2,
+        names.PREFILL_CHUNKS: 2,
     }
     assert decode.attributes == common | {
         names.OUTPUT_TOKENS: 7,
         names.TPOT_MEAN: pytest.approx(100),
-        names.GAP_MAX: pytest.approx(200),
+        names.TOKEN_GAP_MAX: pytest.approx(200),
         names.FINISH_REASONS: ("stop",),
-        names.KV_BLOCKS: 3,
+        names.KV_CACHE_BLOCKS: 3,
     }
-    assert [event.name for event in prefill.events] == [names.CHUNK_EVENT, names.CHUNK_EVENT, names.FIRST_TOKEN_EVENT]
+    assert [event.name for event in prefill.events] == [names.CHUNK_EVENT, names.CHUNK_EVENT, names.FIRST_TOKEN]
     assert prefill.events[0].attributes == {
         names.CHUNK_TOKENS: 100,
         names.CHUNK_BATCH_REQUESTS: 3,
@@ -96,12 +96,12 @@ def test_waiting_for_remote_kv_is_not_queueing() -> None:
         ("prefill", 100, 300),
     ]
     assert found[0].attributes[names.QUEUE_REASON] == "admission"
-    assert names.KV_USAGE not in found[0].attributes
+    assert names.KV_CACHE_USAGE not in found[0].attributes
     assert found[2].attributes[names.QUEUE_REASON] == "kv_loaded"
-    assert found[2].attributes[names.KV_USAGE] == 0.25
-    assert found[1].attributes[names.LOAD_TOKENS] == 256
-    assert found[1].attributes[names.LOAD_REMOTE_ENGINE] == "prefiller"
-    assert found[1].attributes[names.LOAD_FAILED] is False
+    assert found[2].attributes[names.KV_CACHE_USAGE] == 0.25
+    assert found[1].attributes[names.KV_LOAD_TOKENS] == 256
+    assert found[1].attributes[names.KV_LOAD_REMOTE_ENGINE] == "prefiller"
+    assert found[1].attributes[names.KV_LOAD_FAILED] is False
 
 
 def test_load_that_never_ended() -> None:

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import yaml
-from picking import PREFIX_AWARE, Handle
+from picking import DISAGGREGATED, PREFIX_AWARE, Handle
 
 from llmtrace.errors import UserError
 from llmtrace.picker import config
 from llmtrace.picker.plugins.approx_prefix_cache_producer import ApproxPrefixCacheProducer
+from llmtrace.picker.plugins.disagg_profile_handler import DisaggProfileHandler
 from llmtrace.picker.plugins.max_score_picker import MaxScorePicker
 from llmtrace.picker.plugins.single_profile_handler import SingleProfileHandler
 
@@ -27,6 +28,50 @@ def changed(**changes: Any) -> dict[str, Any]:
 
 def plugins(*specs: dict[str, Any]) -> dict[str, Any]:
     return changed(plugins=[PREFIX_AWARE["plugins"][0], *specs], schedulingProfiles=[])
+
+
+def disaggregated(**parameters: Any) -> dict[str, Any]:
+    """llm-d's example of disaggregation with other parameters of its profile handler."""
+    changed = copy.deepcopy(DISAGGREGATED)
+    changed["plugins"][5]["parameters"] = parameters
+    return changed
+
+
+TWO = [{"name": "a"}, {"name": "b"}]
+
+
+def test_disaggregation_becomes_profiles_with_filters(tmp_path: Path) -> None:
+    found = load(tmp_path, DISAGGREGATED)
+    assert [filter_.type for filter_ in found.profiles["prefill"].filters] == ["prefill-filter"]
+    assert [filter_.type for filter_ in found.profiles["decode"].filters] == ["decode-filter"]
+    assert isinstance(found.handler, DisaggProfileHandler)
+    assert [producer.type for producer in found.producers] == ["approx-prefix-cache-producer"]
+
+
+def test_plugins_may_stand_in_any_order(tmp_path: Path) -> None:
+    """llm-d sorts plugins by their references; its own pd-epp-config.yaml has the handler before the decider."""
+    content = copy.deepcopy(DISAGGREGATED)
+    content["plugins"].reverse()
+    assert isinstance(load(tmp_path, content).handler, DisaggProfileHandler)
+
+
+def test_the_decider_gets_its_producer(tmp_path: Path) -> None:
+    found = load(tmp_path, plugins({"type": "prefix-based-pd-decider"}))
+    assert [producer.name for producer in found.producers] == ["approx-prefix-cache-producer"]
+
+
+def test_without_profiles_filters_are_in_the_default_one(tmp_path: Path) -> None:
+    found = load(tmp_path, plugins({"type": "decode-filter"}, {"type": "queue-scorer"}))
+    assert [filter_.type for filter_ in found.profiles["default"].filters] == ["decode-filter"]
+
+
+@pytest.mark.parametrize("kind", ["by-label", "by-label-selector"])
+def test_what_llm_d_deprecates_is_taken_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    parameters = {"label": "x", "allowsNoLabel": True} if kind == "by-label" else {}
+    load(tmp_path, plugins({"type": kind, "parameters": parameters}))
+    assert f"llm-d deprecates the plugin type {kind}; use label-selector-filter" in caplog.text
 
 
 def test_a_configuration_becomes_plugins_and_profiles(tmp_path: Path) -> None:
@@ -116,7 +161,7 @@ def test_what_is_left_out_gets_llm_ds_defaults(tmp_path: Path) -> None:
         ),
         (
             changed(schedulingProfiles=[{"name": "a", "plugins": [{"pluginRef": "endpoints"}]}]),
-            "which is neither a scorer nor a picker",
+            "which is neither a filter, a scorer nor a picker",
         ),
         (changed(schedulingProfiles=[{"name": "a"}, {"name": "a"}]), "two profiles of the same name"),
         (
@@ -126,6 +171,73 @@ def test_what_is_left_out_gets_llm_ds_defaults(tmp_path: Path) -> None:
         (
             changed(schedulingProfiles=[{"name": "a", "plugins": [{"pluginRef": "x", "wheight": 2}]}]),
             "unknown field 'wheight' at schedulingProfiles[0].plugins[0]; the nearest known one is 'weight'",
+        ),
+        (
+            changed(plugins=[*PREFIX_AWARE["plugins"], {"type": "single-profile-handler"}], schedulingProfiles=TWO),
+            "single-profile-handler takes one scheduling profile; there are 2",
+        ),
+        (
+            disaggregated(deciders={"prefill": "prefix-based-decider"}),
+            "plugin 'disagg-profile-handler': deciders.prefill: there is no plugin named 'prefix-based-decider'; the",
+        ),
+        (
+            disaggregated(deciders={"prefill": "queue-scorer"}),
+            "deciders.prefill: plugin 'queue-scorer' is of type queue-scorer, which is not a decider",
+        ),
+        (
+            disaggregated(profiles={"decode": "decoding"}),
+            "profiles.decode: there is no scheduling profile named 'decoding'; the nearest known one is 'decode'",
+        ),
+        (
+            disaggregated(profiles={"prefill": "prefil"}, deciders={"prefill": "prefix-based-pd-decider"}),
+            "profiles.prefill: there is no scheduling profile named 'prefil'; the nearest known one is 'prefill'",
+        ),
+        (
+            disaggregated(profiles={"prefil": "prefill"}),
+            "unknown parameter 'prefil' at profiles; the nearest known one is 'prefill'",
+        ),
+        (
+            disaggregated(deciders={"encode": "always-disagg-multimodal-decider"}),
+            "plugin 'disagg-profile-handler' (plugins[5]): deciders: the embedded picker has no stage encode",
+        ),
+        (
+            disaggregated(stageOrder="first"),
+            "stageOrder: Input should be 'decode-first' or 'prefill-first', not 'first'",
+        ),
+        (
+            disaggregated(deciderPluginName="prefix-based-pd-decider", profiles={}),
+            "profiles and deciders cannot stand beside their deprecated form, here deciderPluginName",
+        ),
+        (
+            plugins({"type": "prefix-based-pd-decider", "parameters": {"nonCachedTokens": -1}}),
+            "nonCachedTokens: Input should be greater than or equal to 0, not -1",
+        ),
+        (
+            plugins({"type": "prefix-based-pd-decider", "parameters": {"promptTokens": -1}}),
+            "promptTokens: Input should be greater than or equal to 0, not -1",
+        ),
+        (
+            plugins({"type": "prefix-based-pd-decider", "parameters": {"prefixMatchInfoProducerName": "nobody"}}),
+            "plugin 'prefix-based-pd-decider': prefixMatchInfoProducerName: there is no plugin named 'nobody'",
+        ),
+        (
+            plugins({"type": "prefix-based-pd-decider", "parameters": {"prefixMatchInfoProducerName": "endpoints"}}),
+            "plugin 'endpoints' is of type file-discovery, which is not a producer",
+        ),
+        (plugins({"type": "always-disagg-pd-decider", "parameters": {"x": 1}}), "unknown parameter 'x'"),
+        (plugins({"type": "by-label", "parameters": {"label": "role"}}), "it: validValues must not be empty"),
+        (
+            plugins(
+                {
+                    "type": "label-selector-filter",
+                    "parameters": {"matchExpressions": [{"key": "role", "operator": "in", "values": ["decode"]}]},
+                }
+            ),
+            "matchExpressions[0].operator: Input should be 'In', 'NotIn', 'Exists' or 'DoesNotExist', not 'in'",
+        ),
+        (
+            plugins({"type": "label-selector-filter", "parameters": {"matchLabels": {"role": 1}}}),
+            "matchLabels.role: Input should be a valid string, not 1",
         ),
     ],
 )

@@ -140,7 +140,9 @@ def test_load_is_read_from_vllms_metrics() -> None:
     load = scrape.parse(PAGE)
     assert (load.waiting, load.running, load.block_size, load.num_blocks) == (4, 2, 32, 728)
     assert load.kv_cache_usage == pytest.approx(0.3)
+    assert load.waiting_known
     assert scrape.parse("").waiting == 0
+    assert not scrape.parse('vllm:num_requests_running{engine="0"} 1').waiting_known
 
 
 @given(st.text(max_size=200))

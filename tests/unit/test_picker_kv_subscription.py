@@ -98,12 +98,6 @@ def at(publisher: Publisher, *, replay: bool = False) -> dict[str, str]:
 
 
 @pytest.fixture
-def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
-    """The picker runs on uvloop."""
-    return uvloop.EventLoopPolicy()
-
-
-@pytest.fixture
 async def context() -> AsyncIterator[zmq.asyncio.Context]:
     context = zmq.asyncio.Context()
     yield context
@@ -139,6 +133,14 @@ async def test_events_come_in_their_order(context: zmq.asyncio.Context) -> None:
         await until(lambda: len(follower.sink.told) == 200, "all messages")
         assert follower.sink.numbers == list(range(200))
         assert (follower.count(RECEIVED), follower.count(MISSED), follower.count(DROPPED)) == (200, 0, 0)
+
+
+def test_it_runs_on_the_pickers_loop() -> None:
+    async def follow() -> None:
+        with zmq.asyncio.Context() as context:
+            await test_events_come_in_their_order(context)
+
+    uvloop.run(follow())
 
 
 async def test_other_topics_are_not_for_us(context: zmq.asyncio.Context) -> None:

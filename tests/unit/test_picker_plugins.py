@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from picking import Handle, endpoint
 
 from llmtrace.picker.plugin import REGISTRY, Plugin
-from llmtrace.picker.plugins.approx_prefix_cache_producer import PrefixMatch
+from llmtrace.picker.prefix_match import PrefixMatch
 from llmtrace.picker.request import InferenceRequest, RequestError
 from llmtrace.semconv import attributes as a
 
@@ -24,7 +24,7 @@ def make(kind: str, **parameters: Any) -> Any:
 
 
 def request_with(blocks: dict[str, int], total: int, size: int = 64) -> InferenceRequest:
-    match = PrefixMatch(blocks, total, size, total * size, [])
+    match = PrefixMatch(blocks, total, size, total * size)
     return InferenceRequest(id="r", data={"approx-prefix-cache-producer": match})
 
 
@@ -120,8 +120,8 @@ def test_chances(kind: str, totals: list[float], expected: list[float]) -> None:
 
 def test_single_profile_handler() -> None:
     handler = make("single-profile-handler")
-    assert handler.pick(None, ["default"], {}) == ["default"]
-    assert handler.pick(None, ["default"], {"default": None}) == []
+    assert list(handler.pick(None, ["default"], {}, None)) == ["default"]
+    assert list(handler.pick(None, ["default"], {"default": None}, None)) == []
     with pytest.raises(RequestError, match="failed to run scheduler profile 'default'") as caught:
         handler.process(None, {"default": None})
     assert caught.value.status == 429

@@ -8,12 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from picking import Handle, endpoint
 
+from llmtrace.picker.endpoints import Endpoint
+from llmtrace.picker.plugin import ProfileResult, SchedulingResult
 from llmtrace.picker.plugins.approx_prefix_cache_producer import (
     ApproxPrefixCacheParameters,
     ApproxPrefixCacheProducer,
-    PrefixMatch,
 )
 from llmtrace.picker.prefix_index import PrefixIndex, block_hashes
+from llmtrace.picker.prefix_match import PrefixMatch
 from llmtrace.picker.request import InferenceRequest
 
 
@@ -87,12 +89,18 @@ def ask(plugin: ApproxPrefixCacheProducer, prompt: bytes, block_size: int = 0) -
     return request, request.data["p"]
 
 
+def to(target: Endpoint, **others: Endpoint) -> SchedulingResult:
+    """Where a request goes, with the endpoints of other profiles."""
+    results = {name: ProfileResult([each]) for name, each in (("main", target), *others.items())}
+    return SchedulingResult(results, "main")
+
+
 def test_what_was_sent_to_an_endpoint_is_taken_as_cached_there() -> None:
     handle = Handle()
     plugin, target = producer(handle), endpoint(0)
     request, match = ask(plugin, b"a" * 1000)
     assert (match.blocks, match.total_blocks, match.prompt_tokens) == ({}, 4, 250)
-    plugin.scheduled(request, target)
+    plugin.scheduled(request, to(target))
     _, match = ask(plugin, b"a" * 512 + b"b" * 512)
     assert match.blocks == {target.id: 2}
     assert (match.tokens(target.id), match.tokens("other")) == (128, 0)
@@ -100,12 +108,24 @@ def test_what_was_sent_to_an_endpoint_is_taken_as_cached_there() -> None:
     assert whole.tokens(target.id) == 250, "never more than the prompt"
 
 
+def test_the_prefill_endpoint_has_the_prompt_too() -> None:
+    """Source: llm-d-router, approximateprefix/plugin.go, PreRequest: the profile is known by its name prefill."""
+    handle = Handle()
+    plugin, (decode, prefill, other) = producer(handle), map(endpoint, range(3))
+    request, _ = ask(plugin, b"a" * 512)
+    plugin.scheduled(request, to(decode, prefill=prefill, encode=other))
+    assert ask(plugin, b"a" * 512)[1].blocks == {decode.id: 2, prefill.id: 2}
+    labels = {"plugin_name": "p", "plugin_type": "approx-prefix-cache-producer"}
+    ratios = handle.metrics.registry.get_sample_value("llm_d_epp_prefix_indexer_hit_ratio_count", labels)
+    assert ratios == 1, "the hit ratio is that of the endpoint that gets the request"
+
+
 def test_an_endpoint_that_leaves_is_forgotten() -> None:
     handle = Handle()
     handle.pool.replace([endpoint(0)])
     plugin = producer(handle)
     request, _ = ask(plugin, b"a" * 256)
-    plugin.scheduled(request, endpoint(0))
+    plugin.scheduled(request, to(endpoint(0)))
     handle.pool.replace([])
     assert ask(plugin, b"a" * 256)[1].blocks == {}
 

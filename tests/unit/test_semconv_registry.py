@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from picking import Picker
 from prometheus_client import Metric
 
 from llmtrace.errors import UserError
+from llmtrace.picker.disaggregation import Decision, Reason
 from llmtrace.scenarios.prefix_cache import EXPECTATION, NAME
 from llmtrace.scenarios.required import expectation
 from llmtrace.semconv import attributes as a
@@ -100,9 +101,23 @@ def test_a_scenario_that_the_registry_does_not_know() -> None:
     assert expectation(registry(), NAME) == EXPECTATION
 
 
+def constants_used(path: Path) -> Iterator[str]:
+    """The constants that a module takes from the generated one, whatever it calls that."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    aliases = {
+        alias.asname or alias.name
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.module == "llmtrace.semconv"
+        for alias in node.names
+        if alias.name == "attributes"
+    }
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
+            yield node.attr
+
+
 def test_every_constant_is_used() -> None:
-    text = "\n".join(path.read_text() for path in (*CODE, *OTHERS))
-    used = set(re.findall(r"\ba\.([A-Z][A-Z0-9_]*)\b", text))
+    used = {name for path in (*CODE, *OTHERS) for name in constants_used(path) if name.isupper()}
     unused = {c.name for c in registry().constants} - used
     assert not unused, f"no code uses {unused}; take the constant out of the registry"
     assert used <= set(vars(a)), used - set(vars(a))
@@ -138,6 +153,11 @@ def test_the_constants_need_nothing_but_python() -> None:
     assert len(imports) == 1
 
 
+@pytest.mark.parametrize(("attribute", "values"), [(a.PD_DECISION, Decision), (a.PD_REASON, Reason)])
+def test_what_the_picker_says_of_a_split_is_declared(attribute: str, values: Iterable[str]) -> None:
+    assert set(registry().attributes[attribute].members) == {str(value) for value in values}
+
+
 TYPES = {"counter": "counter", "histogram": "histogram", "gauge": "gauge", "updowncounter": "gauge"}
 
 
@@ -151,6 +171,7 @@ def test_the_pickers_metrics_are_declared_with_their_labels(tmp_path: Path) -> N
     metrics = picker.handle.metrics
     metrics.series("smol", "tenant").error("ServiceUnavailable")
     metrics.attempt(True, "smol", "vllm-0", "default", "8000")
+    metrics.disaggregated("disagg", "disagg-profile-handler", "smol", "decode-only")
     metrics.plugin.labels("Scorer", "queue-scorer", "queue-scorer").observe(0.001)
     for family in (metrics.prefix_size, metrics.prefix_hit_ratio):
         family.labels("prefix", "approx-prefix-cache-producer")
@@ -286,6 +307,48 @@ def test_what_is_no_registry_at_all(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("groups: [")
     with pytest.raises(UserError, match="not readable as YAML"):
         load(tmp_path)
+
+
+def test_what_can_have_a_constant(tmp_path: Path) -> None:
+    def named(constant: str) -> dict[str, Any]:
+        return {"llmtrace": {"constant": constant}}
+
+    def name_all(d: dict[str, Any]) -> None:
+        member = {"id": "one", "value": "1st", "stability": "stable", "annotations": named("FIRST")}
+        d["groups"][0]["attributes"].append(
+            {"id": "x.kind", "type": {"members": [member]}, "brief": "A kind", "stability": "stable"}
+        )
+        told = {"brief": "B", "stability": "stable"}
+        d["groups"] += [
+            {"id": "event.x", "type": "event", "name": "x.event", "annotations": named("EVENT"), **told},
+            {"id": "metric.x", "type": "metric", "metric_name": "x.metric", "instrument": "counter", "unit": "1"}
+            | {"annotations": named("METRIC"), **told},
+        ]
+        attribute(d)["annotations"] = named("NAME")
+        span_notes(d).update(name="x *", constant="SPAN")
+        group = d["groups"][0]["annotations"]["llmtrace"]
+        group["emitter"]["constant"] = "SERVICE"
+        group["constants"] = [{"name": "HEADER", "value": "x-header", "brief": "A header"}]
+
+    declared = load(write(tmp_path, changed(name_all)))
+    assert [(c.name, c.value, c.brief) for c in declared.constants] == [
+        ("SERVICE", "x", "X"),
+        ("NAME", "x.name", "A name"),
+        ("FIRST", "1st", "A value of x.kind"),
+        ("HEADER", "x-header", "A header"),
+        ("SPAN", "x ", "A span"),
+        ("EVENT", "x.event", "B"),
+        ("METRIC", "x.metric", "B"),
+    ]
+
+
+def test_a_number_has_no_constant(tmp_path: Path) -> None:
+    def number(d: dict[str, Any]) -> None:
+        member = {"id": "one", "value": 1, "stability": "stable", "annotations": {"llmtrace": {"constant": "ONE"}}}
+        attribute(d).update(type={"members": [member]})
+
+    with pytest.raises(UserError, match=r"x\.yaml: group registry\.x: the value 1 of x\.name is no text"):
+        load(write(tmp_path, changed(number)))
 
 
 def test_two_constants_of_one_name(tmp_path: Path) -> None:

@@ -8,11 +8,29 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from picking import Picker, chat, endpoint, request_body, request_headers, response_body, response_headers
+from opentelemetry.trace import SpanContext, TraceFlags
+from picking import (
+    DISAGGREGATED,
+    Picker,
+    chat,
+    endpoint,
+    request_body,
+    request_headers,
+    response_body,
+    response_headers,
+)
+from picking import server as model_server
+from test_engine_spans import any_facts
 from test_scenario_driver import FakeServer, driver, exporter, server  # noqa: F401 - fixtures
 
+from llmtrace.engine.facts import Facts
+from llmtrace.engine.spans import write_aborted
 from llmtrace.errors import UserError
 from llmtrace.scenarios.driver import Driver
 from llmtrace.scenarios.workload import Workload
@@ -58,6 +76,20 @@ def test_the_picker_without_body_without_endpoint_and_cancelled(tmp_path: Path) 
     assert findings(picker.spans, a.PICKER_SERVICE) == []
 
 
+@pytest.mark.parametrize("servers", [["prefill", "decode"], ["decode"], ["prefill"]])
+def test_the_picker_that_splits(tmp_path: Path, servers: list[str]) -> None:
+    picker = Picker(tmp_path, DISAGGREGATED, [model_server(role, waiting=1) for role in servers])
+    for prompt in ("word " * 600, "word " * 600, "word"):
+        exchange = picker.exchange()
+        exchange.handle(request_headers())
+        exchange.handle(request_body(chat(prompt)))
+        exchange.handle(response_headers())
+        exchange.handle(response_body(b"{}"))
+        exchange.close()
+    assert a.PD_PROFILE_SPAN in {span.name for span in picker.spans}
+    assert findings(picker.spans, a.PICKER_SERVICE) == []
+
+
 @pytest.mark.parametrize("fail", [False, True])
 async def test_the_driver(
     driver: Driver,  # noqa: F811 - fixtures
@@ -74,8 +106,30 @@ async def test_the_driver(
     assert findings(sent, a.CLIENT_SERVICE) == []
 
 
+@given(any_facts(), st.booleans())
+def test_the_vllm_plugin(facts: Facts, special: bool) -> None:
+    """The spans of a request, under the llm_request that the plugin makes itself for one that is aborted."""
+    if special:
+        facts = replace(
+            facts,
+            lora="sql-adapter",
+            structured_output=True,
+            remote_engine_id="prefiller",
+            draft_tokens=4,
+            accepted_tokens=1,
+        )
+    kept = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(kept))
+    caller = SpanContext(1, 2, is_remote=True, trace_flags=TraceFlags(TraceFlags.SAMPLED))
+    write_aborted(provider.get_tracer(a.ENGINE_SCOPE), caller, facts, "cmpl-1")
+    sent = list(otlp.spans(encode_spans(kept.get_finished_spans()).resource_spans))
+    assert {span.name for span in sent} >= {a.SERVER_SPAN, a.QUEUE_SPAN}
+    assert findings(sent, a.SERVER_SERVICE) == []
+
+
 def test_llm_ds_own_picker() -> None:
-    """The attributes that llm-d's code (v0.10.0, pkg/epp/scheduling and requestcontrol) sets, and no other."""
+    """The attributes that llm-d's code (v0.10.0, pkg/epp: scheduling, requestcontrol, disagg) sets, and no other."""
     request = {a.REQUEST_ID: "r1", a.REQUEST_MODEL: "smol"}
     scorer: dict[str, object] = {
         a.SCORER_TYPE: "queue-scorer",
@@ -84,6 +138,10 @@ def test_llm_ds_own_picker() -> None:
         a.SCORER_CANDIDATES: 2,
     }
     scored: dict[str, object] = {a.SCORER_MAX: 1.0, a.SCORER_AVG: 1.0, a.SCORER_SCORED: 2}
+    step: dict[str, object] = {**request, a.MM_MODALITY: "none", a.MM_HASH_COUNT: 0}
+    encode: dict[str, object] = {a.EPP_ENCODE_USED: False, a.EPP_ENCODE_REASON: "no_encode_profile_result"}
+    split: dict[str, object] = {a.EPP_PD_USED: True, a.EPP_PD_ADDRESS: "127.0.0.1", a.EPP_PD_PORT: "8101"}
+    unified: dict[str, object] = {a.EPP_PD_USED: False, a.EPP_PD_REASON: "no_prefill_profile_result"}
     picked: dict[str, object] = {a.PICKER_CANDIDATES: 2, a.TOP_ENDPOINTS: ["default/a"], a.TOP_SCORES: [3.9]}
     rows: list[tuple[str, int | None, dict[str, object]]] = [
         (a.GATEWAY_SPAN, None, {}),
@@ -94,6 +152,10 @@ def test_llm_ds_own_picker() -> None:
         (a.SCORER_SPAN_PREFIX + "queue-scorer", 4, {**scorer, **scored}),
         (a.SCORER_SPAN_PREFIX + "session-affinity-scorer", 4, scorer),
         (a.PICK_SPAN, 2, {**picked, **request}),
+        (a.PD_PROFILE_SPAN, 1, {**step, a.PROFILE_DECISION: "run_decode"}),
+        (a.PD_PROFILE_SPAN, 1, {**step, a.PROFILE_DECISION: "complete", a.DECODE_FAILED: True}),
+        (a.PD_SPAN, 1, {**step, **split, **encode}),
+        (a.PD_SPAN, 1, {**step, **unified, **encode}),
     ]
     spans = [
         Span(

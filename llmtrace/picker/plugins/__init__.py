@@ -1,12 +1,19 @@
 """The plugins of the picker, one file each; importing this package registers them all."""
 
 from llmtrace.picker.plugins import (
+    always_disagg_pd_decider,
     approx_prefix_cache_producer,
+    by_label_filter,
+    decode_filter,
+    disagg_profile_handler,
     file_discovery,
     kv_cache_utilization_scorer,
+    label_selector_filter,
     load_aware_scorer,
     max_score_picker,
     precise_prefix_cache_producer,
+    prefill_filter,
+    prefix_based_pd_decider,
     prefix_cache_scorer,
     queue_scorer,
     random_picker,
@@ -16,12 +23,19 @@ from llmtrace.picker.plugins import (
 )
 
 __all__ = [
+    "always_disagg_pd_decider",
     "approx_prefix_cache_producer",
+    "by_label_filter",
+    "decode_filter",
+    "disagg_profile_handler",
     "file_discovery",
     "kv_cache_utilization_scorer",
+    "label_selector_filter",
     "load_aware_scorer",
     "max_score_picker",
     "precise_prefix_cache_producer",
+    "prefill_filter",
+    "prefix_based_pd_decider",
     "prefix_cache_scorer",
     "queue_scorer",
     "random_picker",

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import ClassVar
 
 from pydantic import Field, model_validator
 
 from llmtrace.picker.endpoints import Endpoint
-from llmtrace.picker.plugin import REGISTRY, Handle, Parameters, Producer
+from llmtrace.picker.plugin import REGISTRY, Handle, Parameters, Producer, SchedulingResult
 from llmtrace.picker.prefix_index import PrefixIndex, block_hashes
-from llmtrace.picker.request import BYTES_PER_TOKEN, InferenceRequest
+from llmtrace.picker.prefix_match import DEFAULT_PRODUCER, PrefixMatch
+from llmtrace.picker.request import InferenceRequest
 
 MIN_BLOCK_SIZE_TOKENS = 64
 """llm-d raises smaller blocks to this, to bound the index's memory."""
@@ -20,24 +20,6 @@ DEFAULT_BLOCK_SIZE_TOKENS = 16
 DEFAULT_LRU_CAPACITY = 31250
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PrefixMatch:
-    """Cached blocks by endpoint id, out of ``total_blocks`` of ``block_size_tokens`` tokens each.
-
-    ``prompt_tokens`` is the picker's estimate; the last block of each prompt may be shorter.
-    """
-
-    blocks: Mapping[str, int]
-    total_blocks: int
-    block_size_tokens: int
-    prompt_tokens: int
-    hashes: Sequence[Sequence[int]]
-
-    def tokens(self, endpoint: str) -> int:
-        """Prompt tokens that the endpoint should have cached."""
-        return min(self.blocks.get(endpoint, 0) * self.block_size_tokens, self.prompt_tokens)
 
 
 class ApproxPrefixCacheParameters(Parameters):
@@ -70,7 +52,7 @@ class ApproxPrefixCacheParameters(Parameters):
 class ApproxPrefixCacheProducer(Producer[ApproxPrefixCacheParameters]):
     """Hashes the prompt in blocks and looks them up among those that it sent to each endpoint before."""
 
-    type: ClassVar[str] = "approx-prefix-cache-producer"
+    type: ClassVar[str] = DEFAULT_PRODUCER
     parameters_type = ApproxPrefixCacheParameters
 
     def __init__(self, name: str, parameters: ApproxPrefixCacheParameters, handle: Handle) -> None:
@@ -96,16 +78,18 @@ class ApproxPrefixCacheProducer(Producer[ApproxPrefixCacheParameters]):
         for prompt in hashes:
             for endpoint, matched in self._index.match(prompt).items():
                 blocks[endpoint] = blocks.get(endpoint, 0) + matched
-        tokens = sum(len(prompt) for prompt in request.prompts) // BYTES_PER_TOKEN
-        request.data[self.name] = PrefixMatch(blocks, sum(map(len, hashes)), size, tokens, hashes)
+        total = sum(map(len, hashes))
+        request.data[self.name] = PrefixMatch(blocks, total, size, request.prompt_tokens, hashes)
 
-    def scheduled(self, request: InferenceRequest, endpoint: Endpoint) -> None:
-        """Take the prompt's blocks as cached by the endpoint from now on."""
+    def scheduled(self, request: InferenceRequest, result: SchedulingResult) -> None:
+        """From now on the prompt counts as cached by the endpoint of the request, and by that of its prefill."""
         match: PrefixMatch = request.data[self.name]
         if match.total_blocks:
-            self._hit_ratio.observe(match.blocks.get(endpoint.id, 0) / match.total_blocks)
-        for prompt in match.hashes:
-            self._index.add(prompt, endpoint.id, self._capacity(endpoint))
+            self._hit_ratio.observe(match.blocks.get(result.endpoints[0].id, 0) / match.total_blocks)
+        for endpoint in result.holders:
+            capacity = self._capacity(endpoint)
+            for prompt in match.hashes:
+                self._index.add(prompt, endpoint.id, capacity)
 
     def _block_size(self, endpoints: Sequence[Endpoint]) -> int:
         size = self.parameters.tokens

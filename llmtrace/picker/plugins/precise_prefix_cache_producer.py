@@ -16,8 +16,8 @@ from llmtrace.picker.endpoints import Endpoint
 from llmtrace.picker.kv_blocks import KVBlockIndex
 from llmtrace.picker.kv_events import Message
 from llmtrace.picker.kv_subscription import Source, Subscriptions
-from llmtrace.picker.plugin import REGISTRY, Handle, Parameters, Producer
-from llmtrace.picker.plugins.approx_prefix_cache_producer import PrefixMatch
+from llmtrace.picker.plugin import REGISTRY, Handle, Others, Parameters, Producer, SchedulingResult
+from llmtrace.picker.prefix_match import PrefixMatch, prefix_match
 from llmtrace.picker.request import BYTES_PER_TOKEN, InferenceRequest
 from llmtrace.picker.spans import Span
 from llmtrace.semconv import attributes as a
@@ -105,7 +105,6 @@ class PrecisePrefixCacheProducer(Producer[PrecisePrefixCacheParameters]):
 
     type: ClassVar[str] = "precise-prefix-cache-producer"
     parameters_type = PrecisePrefixCacheParameters
-    needs_tokens: ClassVar[bool] = True
 
     def __init__(self, name: str, parameters: PrecisePrefixCacheParameters, handle: Handle) -> None:
         super().__init__(name, parameters, handle)
@@ -121,6 +120,10 @@ class PrecisePrefixCacheProducer(Producer[PrecisePrefixCacheParameters]):
         self._tracer = handle.tracer.scoped(SCOPE)
         self._index_tracer = handle.tracer.scoped(INDEX_SCOPE)
         self._complaints: set[tuple[str, str]] = set()
+
+    def connect(self, others: Others) -> None:
+        """Blocks are those of tokens."""
+        others.tokenizer(f"plugin {self.name!r}")
 
     async def run(self) -> None:
         """Follow the endpoints' events."""
@@ -141,23 +144,24 @@ class PrecisePrefixCacheProducer(Producer[PrecisePrefixCacheParameters]):
                 found = self._lookup(prompt_keys, len(prompt) // BYTES_PER_TOKEN, endpoints, span)
                 for endpoint, matched in found.items():
                     blocks[endpoint] = blocks.get(endpoint, 0) + matched
-            tokens = sum(map(len, request.prompts)) // BYTES_PER_TOKEN
-            match = PrefixMatch(blocks, sum(map(len, keys)), self._index.block_size_tokens, tokens, keys)
+            total = sum(map(len, keys))
+            match = PrefixMatch(blocks, total, self._index.block_size_tokens, request.prompt_tokens, keys)
             request.data[self.name] = match
             span.attributes[a.PRODUCER_BLOCKS] = match.total_blocks
             span.attributes[a.PRODUCER_MAX_MATCH] = max(blocks.values(), default=0)
 
-    def scheduled(self, request: InferenceRequest, endpoint: Endpoint) -> None:
-        """Where speculative, count on the prompt's blocks at the endpoint until its events tell."""
-        match: PrefixMatch | None = request.data.get(self.name)
+    def scheduled(self, request: InferenceRequest, result: SchedulingResult) -> None:
+        """Where speculative, count on the prompt's blocks at the endpoints that will have them, for a while."""
+        match = prefix_match(request, self.name)
         if match is None:
             return
         if match.total_blocks:
-            self._hit_ratio.observe(match.blocks.get(endpoint.id, 0) / match.total_blocks)
+            self._hit_ratio.observe(match.blocks.get(result.endpoints[0].id, 0) / match.total_blocks)
         if self.parameters.speculative_indexing:
             until = time.monotonic() + self.parameters.speculative_ttl
-            for keys in match.hashes:
-                self._index.expect(endpoint.id, keys, until)
+            for endpoint in result.holders:
+                for keys in match.hashes:
+                    self._index.expect(endpoint.id, keys, until)
 
     def apply(self, endpoint: str, message: Message) -> None:
         """Take an endpoint's events into the index; each kind of change is a trace of its own."""

@@ -8,17 +8,16 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 
 from llmtrace.picker.endpoints import Endpoint
-from llmtrace.picker.plugin import REGISTRY, Parameters, Scorer
-from llmtrace.picker.plugins.approx_prefix_cache_producer import ApproxPrefixCacheProducer, PrefixMatch
+from llmtrace.picker.plugin import REGISTRY, Others, Scorer
+from llmtrace.picker.prefix_match import PrefixMatchParameters, prefix_match
 from llmtrace.picker.request import InferenceRequest
 from llmtrace.picker.spans import Attributes
 from llmtrace.semconv import attributes as a
 
 
-class PrefixCacheScorerParameters(Parameters):
+class PrefixCacheScorerParameters(PrefixMatchParameters):
     """llm-d's parameters: ``match_length_weight`` is the share of the absolute match length in the score."""
 
-    prefix_match_info_producer_name: str = ""
     match_length_weight: float = Field(default=0.0, ge=0, le=1)
     match_length_scale_tokens: int = 8192
 
@@ -28,11 +27,6 @@ class PrefixCacheScorerParameters(Parameters):
             raise ValueError("matchLengthScaleTokens must be more than 0 where matchLengthWeight is")
         return self
 
-    @property
-    def producer(self) -> str:
-        """Name of the producer whose data is scored."""
-        return self.prefix_match_info_producer_name or ApproxPrefixCacheProducer.type
-
 
 @REGISTRY.register
 class PrefixCacheScorer(Scorer[PrefixCacheScorerParameters]):
@@ -41,9 +35,13 @@ class PrefixCacheScorer(Scorer[PrefixCacheScorerParameters]):
     type: ClassVar[str] = "prefix-cache-scorer"
     parameters_type = PrefixCacheScorerParameters
 
+    def connect(self, others: Others) -> None:
+        """There must be a producer to read from."""
+        others.producer(self.parameters.producer, f"plugin {self.name!r}: prefixMatchInfoProducerName")
+
     def score(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> list[float]:
         """Score by the share, and if weighted so by the square of the scaled match length."""
-        match: PrefixMatch | None = request.data.get(self.parameters.producer)
+        match = prefix_match(request, self.parameters.producer)
         if match is None or match.total_blocks == 0:
             return [0.0] * len(endpoints)
         weight, scale = self.parameters.match_length_weight, self.parameters.match_length_scale_tokens
@@ -58,7 +56,7 @@ class PrefixCacheScorer(Scorer[PrefixCacheScorerParameters]):
 
     def span_attributes(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> Attributes:
         """The evidence: prompt tokens in all, and those that each endpoint should have cached."""
-        match: PrefixMatch | None = request.data.get(self.parameters.producer)
+        match = prefix_match(request, self.parameters.producer)
         if match is None:
             return {}
         return {

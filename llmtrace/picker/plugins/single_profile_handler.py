@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
-from llmtrace.picker.plugin import REGISTRY, Parameters, ProfileHandler, ProfileResult, SchedulingResult
+from llmtrace.errors import UserError
+from llmtrace.picker.plugin import REGISTRY, Others, Parameters, ProfileHandler, ProfileResult, SchedulingResult
 from llmtrace.picker.request import InferenceRequest, no_result
+from llmtrace.picker.spans import Span
 
 
 @REGISTRY.register
@@ -15,11 +17,20 @@ class SingleProfileHandler(ProfileHandler[Parameters]):
 
     type: ClassVar[str] = "single-profile-handler"
 
+    def connect(self, others: Others) -> None:
+        """There must be one profile."""
+        if len(others.profiles) != 1:
+            raise UserError(f"{self.type} takes one scheduling profile; there are {len(others.profiles)}")
+
     def pick(
-        self, request: InferenceRequest, profiles: Sequence[str], results: Mapping[str, ProfileResult | None]
-    ) -> list[str]:
-        """All profiles first, then none."""
-        return [] if results else list(profiles)
+        self,
+        request: InferenceRequest,
+        profiles: Collection[str],
+        results: Mapping[str, ProfileResult | None],
+        parent: Span,
+    ) -> Collection[str]:
+        """The profile first, then none."""
+        return () if results else profiles
 
     def process(self, request: InferenceRequest, results: Mapping[str, ProfileResult | None]) -> SchedulingResult:
         """The only profile's result."""

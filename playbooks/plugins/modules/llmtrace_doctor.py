@@ -7,6 +7,7 @@ from pathlib import Path
 from ansible.module_utils.basic import AnsibleModule
 
 from llmtrace.deploy import doctor, source
+from llmtrace.errors import UserError
 
 DOCUMENTATION = r"""
 module: llmtrace_doctor
@@ -16,7 +17,7 @@ description:
   - Half-finished installs are reported as warnings, because the roles repeat them.
 options:
   variables:
-    description: The inventory's port variables, vllm_base_port and vllm_servers.
+    description: The inventory's port variables, scenario, vllm_servers and prefill_servers.
     type: dict
     required: true
   cache_dir:
@@ -49,9 +50,9 @@ checks:
   description: Every check with name, ok and message.
   type: list
   returned: always
-source_digest:
-  description: Digest of the code that the kit's own processes run.
-  type: str
+source_digests:
+  description: Digests of the code that the kit's own processes (services) and the model servers' plugin (engine) run.
+  type: dict
   returned: success
 """
 
@@ -71,7 +72,7 @@ def main():
     folders = [Path(module.params[name]) for name in ("cache_dir", "state_dir", "run_dir")]
     try:
         requirements = doctor.requirements_of(module.params["variables"], *folders)
-    except (KeyError, ValueError) as error:
+    except (KeyError, UserError) as error:
         module.fail_json(msg=str(error))
     checks = doctor.check(doctor.gather(requirements), requirements)
     failed = [check for check in checks if not check.ok and check.name != "installs"]
@@ -81,7 +82,7 @@ def main():
     outcome = [asdict(check) for check in checks]
     if failed:
         module.fail_json(msg="\n".join(check.message for check in failed), checks=outcome)
-    module.exit_json(changed=False, checks=outcome, source_digest=source.digest())
+    module.exit_json(changed=False, checks=outcome, source_digests=source.digests())
 
 
 if __name__ == "__main__":
