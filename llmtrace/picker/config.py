@@ -184,7 +184,7 @@ class _Builder:
         for plugin in list(self._plugins.values()):
             plugin.connect(self)
         return Configuration(
-            discovery, tokenizer, tuple(self._of(Producer)), handler, by_name, tuple(self._plugins.values())
+            discovery, tokenizer, tuple(self.of(Producer)), handler, by_name, tuple(self._plugins.values())
         )
 
     def _make(self, spec: PluginSpec, where: str) -> AnyPlugin:
@@ -204,7 +204,7 @@ class _Builder:
         plugin = self._plugins[name] = kind(name, parameters, self._handle)
         return plugin
 
-    def _of(self, kind: type[KindT]) -> list[KindT]:
+    def of(self, kind: type[KindT]) -> list[KindT]:
         return [plugin for plugin in self._plugins.values() if isinstance(plugin, kind)]
 
     def find(self, name: str, kind: type[KindT], where: str, what: str) -> KindT:
@@ -222,8 +222,14 @@ class _Builder:
             self._make(PluginSpec(type=name), "the default producer")
         self.find(name, Producer, where, "a producer")
 
+    def add(self, plugin: AnyPlugin) -> None:
+        if plugin.name in self._plugins:
+            raise UserError(f"there are two plugins named {plugin.name!r}; give one of them another name")
+        self._plugins[plugin.name] = plugin
+        plugin.connect(self)
+
     def tokenizer(self, where: str) -> None:
-        if not self._of(Tokenizer):
+        if not self.of(Tokenizer):
             kind = plugins.token_producer.TokenProducer.type
             raise UserError(f"{where} needs the tokens of prompts: add a plugin of type {kind}")
 
@@ -263,7 +269,7 @@ class _Builder:
         return Profile(profile.name, tuple(filters), tuple(scorers), picker)
 
     def _default_picker(self) -> Picker[Any]:
-        existing = self._of(Picker)
+        existing = self.of(Picker)
         if existing:
             return existing[0]
         picker = self._make(PluginSpec(type=plugins.max_score_picker.MaxScorePicker.type), "the default picker")
@@ -271,7 +277,7 @@ class _Builder:
         return picker
 
     def _handler(self) -> ProfileHandler[Any]:
-        handlers = self._of(ProfileHandler)
+        handlers = self.of(ProfileHandler)
         if len(handlers) > 1:
             raise UserError(f"there are two profile handlers, {handlers[0].name!r} and {handlers[1].name!r}")
         if handlers:
@@ -285,7 +291,7 @@ class _Builder:
         return handler
 
     def _tokenizer(self) -> Tokenizer[Any] | None:
-        tokenizers = self._of(Tokenizer)
+        tokenizers = self.of(Tokenizer)
         if len(tokenizers) > 1:
             raise UserError(f"there are two token producers, {tokenizers[0].name!r} and {tokenizers[1].name!r}")
         return tokenizers[0] if tokenizers else None

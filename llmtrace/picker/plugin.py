@@ -64,6 +64,12 @@ class Others(Protocol):
     def producer(self, name: str, where: str) -> None:
         """See to it that there is a producer of this name; llm-d's default one is made where it is missing."""
 
+    def of(self, kind: builtins.type[AnyT]) -> list[AnyT]:
+        """The plugins of this kind."""
+
+    def add(self, plugin: Plugin[Any]) -> None:
+        """One more plugin, under its name."""
+
     def tokenizer(self, where: str) -> None:
         """See to it that there is a tokenizer; UserError where there is none."""
 

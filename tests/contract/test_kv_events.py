@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from llmtrace.picker.kv_blocks import KVBlockIndex
 from llmtrace.picker.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Message, block_id, parse
+from llmtrace.picker.kv_index import KVBlockIndex
 from llmtrace.picker.request import token_bytes
 from llmtrace.stack import cache_home
 

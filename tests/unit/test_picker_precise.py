@@ -330,6 +330,36 @@ def test_it_needs_a_tokenizer(tmp_path: Path) -> None:
         load(tmp_path, [*plugins[:2], bad, *plugins[3:]])
 
 
+def deprecated(parameters: dict[str, Any], *more: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with the scorer that llm-d deprecates."""
+    plugins = [PRECISE["plugins"][0], PRECISE["plugins"][1], *more]
+    own = {"type": "precise-prefix-cache-scorer", "parameters": parameters}
+    profile = {"name": "default", "plugins": [{"pluginRef": "precise-prefix-cache-scorer", "weight": 2}]}
+    return {**PRECISE, "plugins": [*plugins, own], "schedulingProfiles": [profile]}
+
+
+def test_the_deprecated_scorer_makes_its_producer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    picker = Picker(tmp_path, deprecated(PRECISE["plugins"][2]["parameters"]))
+    assert "use precise-prefix-cache-producer and prefix-cache-scorer" in caplog.text
+    tell(picker, ONE, stored([1, 2, 3], range(12)))
+    assert ask(picker, list(range(14))) == "10.0.0.2:8000"
+    found = picker.span("llm_d.epp.scorer.precise-prefix-cache-scorer").attributes
+    assert found["llmtrace.prefix.match_tokens"] == [0, 12]
+    assert findings(picker.spans, a.PICKER_SERVICE) == []
+
+
+def test_the_deprecated_scorer_reads_from_the_producer_that_is_there(tmp_path: Path) -> None:
+    own = {**PRECISE["plugins"][2], "name": "own"}
+    picker = Picker(tmp_path, deprecated({}, own))
+    tell(picker, ONE, stored([1, 2, 3], range(12)))
+    assert ask(picker, list(range(14))) == "10.0.0.2:8000"
+    with pytest.raises(UserError, match="there are the producers 'own' and 'second'"):
+        Picker(tmp_path, deprecated({}, own, {**own, "name": "second"}))
+    content = deprecated({})
+    with pytest.raises(UserError, match="needs the tokens of prompts"):
+        Picker(tmp_path, {**content, "plugins": [content["plugins"][0], content["plugins"][2]]})
+
+
 async def test_it_follows_the_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it does beside requests are the subscriptions."""
     picker = Picker(tmp_path, PRECISE)

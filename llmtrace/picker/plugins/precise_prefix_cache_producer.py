@@ -13,8 +13,8 @@ from pydantic import Field
 
 from llmtrace.picker.durations import Duration
 from llmtrace.picker.endpoints import Endpoint
-from llmtrace.picker.kv_blocks import KVBlockIndex
 from llmtrace.picker.kv_events import Message
+from llmtrace.picker.kv_index import KVBlockIndex
 from llmtrace.picker.kv_subscription import Source, Subscriptions
 from llmtrace.picker.plugin import REGISTRY, Handle, Others, Parameters, Producer, SchedulingResult
 from llmtrace.picker.prefix_match import PrefixMatch, prefix_match

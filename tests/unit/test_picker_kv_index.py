@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from kv_publisher import CLEARED, frames, removed, stored
 
-from llmtrace.picker.kv_blocks import Changes, KVBlockIndex, ServerBlocks, chain, root_key
+from llmtrace.picker.kv_blocks import chain, root_key
 from llmtrace.picker.kv_events import parse
+from llmtrace.picker.kv_index import Changes, KVBlockIndex
 from llmtrace.picker.request import token_bytes
 
 SIZE = 2
@@ -201,6 +202,8 @@ def test_what_is_expected_counts_for_a_while() -> None:
     index.expect("a", keys, until=7.0)
     apply(index, stored([10], [1, 2]), server="b")
     assert match(index, [1, 2, 3, 4], now=6.0) == {"a": 2, "b": 1}
+    index.forget("a")
+    index.expect("c", keys, until=8.0)
     assert match(index, [1, 2, 3, 4], now=7.0) == {"b": 1}
     assert len(index) == 1
 
@@ -276,14 +279,36 @@ EventsAgainstSets.TestCase.settings = settings(max_examples=60, stateful_step_co
 TestEventsAgainstSets = EventsAgainstSets.TestCase
 
 
-@given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), max_size=60), st.integers(1, 5))
-def test_a_server_never_keeps_more_than_its_capacity(actions: list[tuple[int, bool]], capacity: int) -> None:
-    blocks = ServerBlocks(capacity)
-    for number, store in actions:
-        if store:
-            blocks.store(number, 0, 0, number * 7)
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 6), st.booleans()), max_size=60), st.integers(1, 5))
+def test_a_server_never_keeps_more_than_its_capacity(actions: list[tuple[str, int, bool]], capacity: int) -> None:
+    index = KVBlockIndex(SIZE, capacity=capacity)
+    for server, number, store in actions:
+        apply(index, stored([number], [number] * SIZE) if store else removed(number), server=server)
+        held = Counter(name for block in range(7) for name in match(index, [block] * SIZE))
+        assert max(held.values(), default=0) <= capacity
+        assert held.total() == len(index)
+    for server in "ab":
+        index.forget(server)
+    assert index._holders == {}, "nothing is left behind"
+
+
+@given(st.lists(st.sampled_from(["store", "expect", "forget", "expire"]), max_size=30))
+def test_expectations_leave_nothing_behind(actions: list[str]) -> None:
+    index, now = KVBlockIndex(SIZE), 0.0
+    keys = index.keys(token_bytes([1, 2, 3, 4]), MODEL, "")
+    for action in actions:
+        now += 1
+        if action == "store":
+            apply(index, stored([10], [1, 2]))
+        elif action == "expect":
+            index.expect("a", keys, now + 2)
+            assert match(index, [1, 2, 3, 4], now=now) == {"a": 2}
+        elif action == "forget":
+            index.forget("a")
+            assert match(index, [1, 2], now=now) == {}
         else:
-            blocks.remove(number, 0, 0)
-        assert len(blocks) <= capacity
-        held = [key for key in range(43) if blocks.matched([key], 0.0)]
-        assert len(held) == len(blocks)
+            now += 2
+            assert match(index, [1, 2, 3, 4], now=now) == ({"a": 1} if len(index) else {})
+    match(index, [], now=now + 5)
+    index.forget("a")
+    assert index._holders == {}
