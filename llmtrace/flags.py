@@ -7,10 +7,8 @@ import re
 import socket
 from typing import NoReturn
 
+from llmtrace.durations import seconds
 from llmtrace.errors import UserError, nearest
-
-_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_PART = r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,10 +27,10 @@ class Parser(argparse.ArgumentParser):
 
 def duration(text: str) -> float:
     """Seconds of a duration as Go writes it, such as 500ms, 2s or 1m30s; more than 0."""
-    seconds = sum(float(number) * _UNITS[unit] for number, unit in re.findall(_PART, text))
-    if not re.fullmatch(f"(?:{_PART})+", text) or seconds <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no duration such as 500ms or 2s")
-    return seconds
+    try:
+        return seconds(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def port(text: str) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
 COMMON = (
-    *("errors.py", "telemetry.py", "spans.py", "flags.py", "endpoints_file.py", "watch.py"),
+    *("errors.py", "telemetry.py", "spans.py", "flags.py", "durations.py", "endpoints_file.py", "watch.py"),
     "semconv/attributes.py",
 )
 PARTS = {

@@ -29,6 +29,7 @@ from llmtrace.picker.plugin import (
     Producer,
     ProfileHandler,
     Scorer,
+    Tokenizer,
 )
 from llmtrace.picker.prefix_match import DEFAULT_PRODUCER
 
@@ -124,9 +125,11 @@ class Configuration:
     """What a configuration file amounts to."""
 
     discovery: Discovery[Any]
+    tokenizer: Tokenizer[Any] | None
     producers: tuple[Producer[Any], ...]
     handler: ProfileHandler[Any]
     profiles: dict[str, Profile]
+    plugins: tuple[AnyPlugin, ...]
 
 
 def load(path: Path, handle: Handle) -> Configuration:
@@ -176,9 +179,12 @@ class _Builder:
             raise UserError("schedulingProfiles has two profiles of the same name")
         self.profiles = by_name.keys()
         handler = self._handler()
+        tokenizer = self._tokenizer()
         for plugin in list(self._plugins.values()):
             plugin.connect(self)
-        return Configuration(discovery, tuple(self._of(Producer)), handler, by_name)
+        return Configuration(
+            discovery, tokenizer, tuple(self.of(Producer)), handler, by_name, tuple(self._plugins.values())
+        )
 
     def _make(self, spec: PluginSpec, where: str) -> AnyPlugin:
         name = spec.name or spec.type
@@ -197,7 +203,7 @@ class _Builder:
         plugin = self._plugins[name] = kind(name, parameters, self._handle)
         return plugin
 
-    def _of(self, kind: type[KindT]) -> list[KindT]:
+    def of(self, kind: type[KindT]) -> list[KindT]:
         return [plugin for plugin in self._plugins.values() if isinstance(plugin, kind)]
 
     def find(self, name: str, kind: type[KindT], where: str, what: str) -> KindT:
@@ -214,6 +220,17 @@ class _Builder:
         if name == DEFAULT_PRODUCER and name not in self._plugins:
             self._make(PluginSpec(type=name), "the default producer")
         self.find(name, Producer, where, "a producer")
+
+    def add(self, plugin: AnyPlugin) -> None:
+        if plugin.name in self._plugins:
+            raise UserError(f"there are two plugins named {plugin.name!r}; give one of them another name")
+        self._plugins[plugin.name] = plugin
+        plugin.connect(self)
+
+    def tokenizer(self, where: str) -> None:
+        if not self.of(Tokenizer):
+            kind = plugins.token_producer.TokenProducer.type
+            raise UserError(f"{where} needs the tokens of prompts: add a plugin of type {kind}")
 
     def _reference(self, name: str, where: str) -> AnyPlugin:
         plugin = self._plugins.get(name)
@@ -251,7 +268,7 @@ class _Builder:
         return Profile(profile.name, tuple(filters), tuple(scorers), picker)
 
     def _default_picker(self) -> Picker[Any]:
-        existing = self._of(Picker)
+        existing = self.of(Picker)
         if existing:
             return existing[0]
         picker = self._make(PluginSpec(type=plugins.max_score_picker.MaxScorePicker.type), "the default picker")
@@ -259,7 +276,7 @@ class _Builder:
         return picker
 
     def _handler(self) -> ProfileHandler[Any]:
-        handlers = self._of(ProfileHandler)
+        handlers = self.of(ProfileHandler)
         if len(handlers) > 1:
             raise UserError(f"there are two profile handlers, {handlers[0].name!r} and {handlers[1].name!r}")
         if handlers:
@@ -271,6 +288,12 @@ class _Builder:
         )
         assert isinstance(handler, ProfileHandler)  # noqa: S101 - tells the type checker what the registry says
         return handler
+
+    def _tokenizer(self) -> Tokenizer[Any] | None:
+        tokenizers = self.of(Tokenizer)
+        if len(tokenizers) > 1:
+            raise UserError(f"there are two token producers, {tokenizers[0].name!r} and {tokenizers[1].name!r}")
+        return tokenizers[0] if tokenizers else None
 
 
 def _sentence(error: ValidationError, model: type[BaseModel], noun: str = "field") -> str:

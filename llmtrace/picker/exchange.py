@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import random
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter, time_ns
 from typing import Any
@@ -83,7 +83,7 @@ class Exchange:
         self._ended: float | None = None
         self._ended_ns: int | None = None
         self._error_code = ""
-        self._handlers: dict[str | None, Callable[[Any], list[Any]]] = {
+        self._handlers: dict[str | None, Callable[[Any], Coroutine[Any, Any, list[Any]]]] = {
             "request_headers": self._request_headers,
             "request_body": self._request_body,
             "request_trailers": self._request_trailers,
@@ -94,13 +94,13 @@ class Exchange:
         self.answered = False
         """Whether the picker itself answered the request, so that nothing more is to come."""
 
-    def handle(self, message: Any) -> list[Any]:
+    async def handle(self, message: Any) -> list[Any]:
         """Take a ProcessingRequest; return the ProcessingResponses to send now, in order."""
         handler = self._handlers.get(message.WhichOneof("request"))
         if handler is None:
             return []
         try:
-            return handler(message)
+            return await handler(message)
         except RequestError as error:
             self.answered = True
             self._error_code = error.code
@@ -132,7 +132,7 @@ class Exchange:
 
     # Messages, in the order in which they come.
 
-    def _request_headers(self, message: Any) -> list[Any]:
+    async def _request_headers(self, message: Any) -> list[Any]:
         self._headers = headers = _headers(message.request_headers.headers.headers)
         request_id = headers.setdefault("x-request-id", str(uuid.uuid4()))
         self._hosts = _subset(message.metadata_context.filter_metadata)
@@ -147,19 +147,19 @@ class Exchange:
         self._take(InferenceRequest(id=request_id, headers=headers), [random.choice(ready)])
         return [self._routed()]
 
-    def _request_body(self, message: Any) -> list[Any]:
+    async def _request_body(self, message: Any) -> list[Any]:
         if len(self._body) + len(message.request_body.body) > MAX_BODY_BYTES:
             raise too_large(MAX_BODY_BYTES)
         self._body += message.request_body.body
-        return self._route(end_of_stream=True) if message.request_body.end_of_stream else []
+        return await self._route(end_of_stream=True) if message.request_body.end_of_stream else []
 
-    def _request_trailers(self, message: Any) -> list[Any]:
-        routed = [] if self._request is not None else self._route(end_of_stream=False)
+    async def _request_trailers(self, message: Any) -> list[Any]:
+        routed = [] if self._request is not None else await self._route(end_of_stream=False)
         trailers = ProcessingResponse()
         trailers.request_trailers.SetInParent()
         return [*routed, trailers]
 
-    def _response_headers(self, message: Any) -> list[Any]:
+    async def _response_headers(self, message: Any) -> list[Any]:
         headers = _headers(message.response_headers.headers.headers)
         status = headers.get(":status", "")
         self._status = int(status) if status.isdigit() else 0
@@ -171,7 +171,7 @@ class Exchange:
             self._finish()
         return [response]
 
-    def _response_body(self, message: Any) -> list[Any]:
+    async def _response_body(self, message: Any) -> list[Any]:
         chunk: bytes = message.response_body.body
         end = message.response_body.end_of_stream
         if chunk:
@@ -184,7 +184,7 @@ class Exchange:
             self._finish()
         return [_body("response_body", chunk, end)]
 
-    def _response_trailers(self, message: Any) -> list[Any]:
+    async def _response_trailers(self, message: Any) -> list[Any]:
         self._finish()
         trailers = ProcessingResponse()
         trailers.response_trailers.SetInParent()
@@ -192,23 +192,26 @@ class Exchange:
 
     # Steps.
 
-    def _route(self, *, end_of_stream: bool) -> list[Any]:
+    async def _route(self, *, end_of_stream: bool) -> list[Any]:
         body = bytes(self._body)
         self._body.clear()
         request = parse(self._headers["x-request-id"], self._headers, body)
-        self._schedule(request)
+        await self._schedule(request)
         self._services.metrics.request_processing.observe(perf_counter() - self._started)
         return [self._routed(), *_bodies("request_body", body, end_of_stream)]
 
-    def _schedule(self, request: InferenceRequest) -> None:
+    async def _schedule(self, request: InferenceRequest) -> None:
         assert self._span is not None  # noqa: S101 - headers come first
         services = self._services
         span = self._span.child(a.ORCHESTRATION_SPAN, SpanKind.SERVER, services.orchestration)
         span.attributes = {a.TARGET_MODEL: request.model, a.REQUEST_PRIORITY: REQUEST_PRIORITY}
+        request.span = span
         self._series = services.metrics.series(request.model, request.fairness_id)
         try:
             ready = self._ready()
             try:
+                if await services.scheduler.tokenize(request, ready):
+                    ready = self._ready()
                 result = services.scheduler.schedule(request, ready, span)
                 self._added = services.scheduler.scheduled(request, result, span)
             except RequestError:
@@ -224,6 +227,7 @@ class Exchange:
             span.fail(error.code, str(error))
             raise
         finally:
+            request.body = None
             span.end()
 
     def _ready(self) -> list[Endpoint]:

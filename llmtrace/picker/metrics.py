@@ -6,7 +6,7 @@ Source: llm-d-router, pkg/epp/metrics.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -27,6 +27,7 @@ MAX_LABEL_LENGTH = 200
 
 _MODEL = ("model_name", "target_model_name", "fairness_id", "priority")
 _PLUGIN = ("extension_point", "plugin_type", "plugin_name")
+_POD = "pod_identifier"
 _SECONDS = (
     *(0.005, 0.025, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 45, 60),
     *(120, 180, 240, 300, 360, 480, 600, 900, 1200, 1800, 2700, 3600),
@@ -63,6 +64,31 @@ class RequestSeries:
     def error(self, code: str) -> None:
         """Count a failed request under llm-d's error code."""
         self._errors.labels(*self._labels, code).inc()
+
+
+class KVCacheMetrics:
+    """What is known of the servers' KV caches. Where llm-d has no metric, the name begins with ``llmtrace_``."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, help_: str, *labels: str) -> Counter:
+            return Counter(name, help_, labels, registry=registry)
+
+        events, index, own = f"{PREFIX}kv_cache_events_", f"{PREFIX}kv_cache_index_", "llmtrace_kv_cache_events_"
+        self.subscribers = Gauge(f"{events}active_subscribers", "Subscriptions to servers.", registry=registry)
+        self.received = counter(f"{events}messages_received_total", "Messages from servers.", _POD)
+        self.errors = counter(f"{events}zmq_errors_total", "Failures of a subscription.", _POD, "operation")
+        self.skipped = counter(f"{events}stores_skipped_total", "Stores left out of the index.", "cache_kind", "reason")
+        self.missed = counter(f"{own}missed_total", "Messages of a server that the index lacks.", _POD)
+        self.dropped = counter(f"{own}dropped_total", "Messages that were not understood.", _POD)
+        self.admissions = counter(f"{index}admissions_total", "Blocks that came into the index.")
+        self.evictions = counter(f"{index}evictions_total", "Blocks that left the index.")
+        self.lookups = counter(f"{index}lookup_requests_total", "Lookups of a prompt.")
+        self.hits = counter(f"{index}lookup_hits_total", "Leading blocks of a prompt on the best server, per lookup.")
+
+    def forget(self, pod_identifier: str) -> None:
+        """Drop the series of a server that is gone."""
+        for metric in (self.received, self.missed, self.dropped, self.errors):
+            metric.remove_by_labels({_POD: pod_identifier})
 
 
 class Metrics:
@@ -140,6 +166,11 @@ class Metrics:
         self._pairs = _Bounded[tuple[str, str]](MAX_SERIES)
         self._models = _Bounded[str](MAX_SERIES)
         self.series = lru_cache(MAX_SERIES)(self._series)
+
+    @cached_property
+    def kv_cache(self) -> KVCacheMetrics:
+        """Metrics of the KV caches, where a plugin follows them."""
+        return KVCacheMetrics(self.registry)
 
     def _series(self, model: str, fairness_id: str) -> RequestSeries:
         # A combination takes some 60 KiB and is never given back.

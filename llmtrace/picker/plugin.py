@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llmtrace.picker.endpoints import Endpoint, Pool
     from llmtrace.picker.metrics import Metrics
     from llmtrace.picker.request import InferenceRequest
-    from llmtrace.spans import Attributes, Span
+    from llmtrace.spans import Attributes, Span, Tracer
 
 PREFILL_PROFILE = "prefill"
 """Name of the profile whose endpoint has the prompt as well: llm-d's producers go by it, whatever the handler's is."""
@@ -40,6 +40,10 @@ class Handle(Protocol):
     def metrics(self) -> Metrics:
         """The picker's own metrics."""
 
+    @property
+    def tracer(self) -> Tracer:
+        """The picker's tracer."""
+
 
 AnyT = TypeVar("AnyT")
 
@@ -60,6 +64,15 @@ class Others(Protocol):
     def producer(self, name: str, where: str) -> None:
         """See to it that there is a producer of this name; llm-d's default one is made where it is missing."""
 
+    def of(self, kind: builtins.type[AnyT]) -> list[AnyT]:
+        """The plugins of this kind."""
+
+    def add(self, plugin: Plugin[Any]) -> None:
+        """One more plugin, under its name."""
+
+    def tokenizer(self, where: str) -> None:
+        """See to it that there is a tokenizer; UserError where there is none."""
+
 
 class Plugin(Generic[ParametersT]):
     """A configured plugin. ``type`` is llm-d's plugin type; ``name`` the configured name.
@@ -78,6 +91,9 @@ class Plugin(Generic[ParametersT]):
 
     def connect(self, others: Others) -> None:
         """Look for what this plugin works with; raises UserError where that is missing or does not fit."""
+
+    async def run(self) -> None:
+        """What the plugin does beside requests, until cancelled; by default nothing."""
 
 
 class Filter(Plugin[ParametersT]):
@@ -105,6 +121,14 @@ class Picker(Plugin[ParametersT]):
 
     def pick(self, endpoints: Sequence[Endpoint], totals: Sequence[float]) -> list[Endpoint]:
         """The picked endpoints, the first choice first, the others as fallbacks; never empty."""
+        raise NotImplementedError
+
+
+class Tokenizer(Plugin[ParametersT]):
+    """Finds the tokens of a request's prompts before anything else is done with it."""
+
+    async def tokenize(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> None:
+        """Put the token ids into ``request.prompts``; where they cannot be had, leave its estimate as it is."""
         raise NotImplementedError
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from llmtrace.semconv import attributes as a
+from llmtrace.spans import NO_SPAN, Span
 
 BYTES_PER_TOKEN = 4
 """Where no tokenizer is at hand, llm-d takes four bytes of text for a token."""
@@ -56,9 +58,11 @@ def no_result(message: str) -> RequestError:
 class InferenceRequest:
     """A parsed request.
 
-    ``prompts`` holds the input of each prompt as bytes, four bytes a (pseudo-)token, zero-padded; ``modalities`` the
-    kind of each image, video or sound in them, in their order. ``data`` is what plugins found out about the request,
-    by plugin name. ``model`` is empty where the path is none of the known APIs.
+    ``prompts`` holds the input of each prompt as bytes, four bytes a (pseudo-)token, zero-padded; ``tokenized`` says
+    that these are the token ids that the model will see. ``modalities`` has the kind of each image, video or sound in
+    them, in their order. ``data`` is what plugins found out about the request, by plugin name. ``model`` is empty where
+    the path is none of the known APIs. ``body`` is kept until the request is scheduled, and ``span`` is the one under
+    which that is traced.
     """
 
     id: str
@@ -71,10 +75,13 @@ class InferenceRequest:
     fairness_id: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    tokenized: bool = False
+    body: Body | None = field(default=None, repr=False)
+    span: Span = field(default=NO_SPAN, repr=False)
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of all prompts together, as the picker estimates them."""
+        """Tokens of all prompts together: an estimate, unless ``tokenized``."""
         return sum(map(len, self.prompts)) // BYTES_PER_TOKEN
 
 
@@ -107,6 +114,7 @@ def parse(request_id: str, headers: Mapping[str, str], raw: bytes) -> InferenceR
     salt = body.get("cache_salt")
     request.cache_salt = _readable(salt, "cache_salt") if isinstance(salt, str) else ""
     request.stream = body.get("stream") is True
+    request.body = body
     return request
 
 
@@ -127,8 +135,13 @@ def _aligned(raw: bytes) -> bytes:
     return raw + bytes(-len(raw) % BYTES_PER_TOKEN)
 
 
+def token_bytes(ids: Sequence[int]) -> bytes:
+    """Token ids, each of 32 bits at most, as :class:`InferenceRequest` holds them."""
+    return struct.pack(f"<{len(ids)}I", *ids)
+
+
 def _tokens(ids: list[int]) -> bytes:
-    return b"".join((token & 0xFFFFFFFF).to_bytes(BYTES_PER_TOKEN, "little") for token in ids)
+    return token_bytes([token & 0xFFFFFFFF for token in ids])
 
 
 def _chat(body: Body) -> list[bytes]:

@@ -39,6 +39,16 @@ class Scheduler:
             for point, plugin in _extension_points(configuration)
         }
 
+    async def tokenize(self, request: InferenceRequest, endpoints: Sequence[Endpoint]) -> bool:
+        """Find the tokens of the request's prompts, which may take a while; whether there is a plugin that does."""
+        tokenizer = self._configuration.tokenizer
+        if tokenizer is None:
+            return False
+        start = perf_counter()
+        await tokenizer.tokenize(request, endpoints)
+        self._metrics.plugin.labels(PREPARE, tokenizer.type, tokenizer.name).observe(perf_counter() - start)
+        return True
+
     def schedule(self, request: InferenceRequest, endpoints: Sequence[Endpoint], parent: Span) -> SchedulingResult:
         """Choose endpoints for the request among ``endpoints``, of which there must be at least one.
 

@@ -51,6 +51,7 @@ class PickerServer:
     def __init__(self, options: Options, tracer: Tracer) -> None:
         self.pool = Pool(options.pool_name, options.pool_namespace)
         self.metrics = Metrics(self.pool)
+        self.tracer = tracer
         self._options = options
         self._configuration = config.load(options.config_file, self)
         scheduler = Scheduler(self._configuration, self.metrics, tracer)
@@ -73,6 +74,7 @@ class PickerServer:
         tasks: list[asyncio.Task[None]] = [
             asyncio.create_task(self._scraper.run()),
             asyncio.create_task(self._configuration.discovery.watch()),
+            *(asyncio.create_task(plugin.run()) for plugin in self._configuration.plugins),
         ]
         try:
             stopped = asyncio.create_task(stop.wait())
@@ -98,7 +100,7 @@ class PickerServer:
         cancelled = False
         try:
             while (message := await context.read()) is not grpc.aio.EOF:
-                for response in exchange.handle(message):
+                for response in await exchange.handle(message):
                     await context.write(response)
                 if exchange.answered:
                     return

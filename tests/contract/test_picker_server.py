@@ -292,10 +292,10 @@ class Gateway:
             assert headers_set(routed)["traceparent"].split("-")[1] == trace_id(number)
         return headers_set(routed)[DESTINATION]
 
-    async def exchange_until(self, destination: str) -> None:
+    async def exchange_until(self, destination: str, prompt: str = "") -> None:
         """Send exchanges until one has this destination."""
         deadline = time.monotonic() + WAIT_S
-        while (found := await self.exchange()) != destination:
+        while (found := await self.exchange(prompt=prompt)) != destination:
             assert time.monotonic() < deadline, f"still {found} instead of {destination}"
             await asyncio.sleep(0.02)
 

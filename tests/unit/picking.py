@@ -103,9 +103,23 @@ class Handle:
 
     pool: Pool = field(default_factory=lambda: Pool("pool"))
     metrics: Metrics = field(init=False)
+    tracer: Tracer = field(default_factory=lambda: Tracer(TracerProvider(), None, "test"))
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.pool)
+
+
+class PromptExchange(Exchange):
+    """An exchange that waits for nothing, for tests without an event loop."""
+
+    def handle(self, message: Any) -> list[Any]:  # type: ignore[override]
+        step = super().handle(message)
+        try:
+            step.send(None)
+        except StopIteration as done:
+            return list(done.value)
+        step.close()
+        raise AssertionError("the exchange waits")
 
 
 class Picker:
@@ -114,13 +128,13 @@ class Picker:
     def __init__(
         self, tmp_path: Path, content: dict[str, Any] | None = None, endpoints: int | Iterable[Endpoint] = 2
     ) -> None:
-        self.handle = Handle()
+        self.memory = Memory()
+        self.tracer = Tracer(TracerProvider(), self.memory, "test")
+        self.handle = Handle(tracer=self.tracer)
         self.handle.pool.replace(map(endpoint, range(endpoints)) if isinstance(endpoints, int) else endpoints)
         path = tmp_path / "picker.yaml"
         path.write_text(yaml.safe_dump(content or PREFIX_AWARE))
         self.configuration = config.load(path, self.handle)
-        self.memory = Memory()
-        self.tracer = Tracer(TracerProvider(), self.memory, "test")
         self.scheduler = Scheduler(self.configuration, self.handle.metrics, self.tracer)
         self.services = Services.make(self.handle.pool, self.scheduler, self.handle.metrics, self.tracer)
 
@@ -132,8 +146,8 @@ class Picker:
         (found,) = [span for span in self.spans if span.name == name]
         return found
 
-    def exchange(self, metadata: dict[str, str] | None = None) -> Exchange:
-        return Exchange(self.services, metadata or {})
+    def exchange(self, metadata: dict[str, str] | None = None) -> PromptExchange:
+        return PromptExchange(self.services, metadata or {})
 
     def value(self, name: str, /, **labels: str) -> float | None:
         return self.handle.metrics.registry.get_sample_value(name, labels)

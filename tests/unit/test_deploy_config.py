@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import json
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 import yaml
 from deployed import program, render
+from picking import Handle
 from supervisor.options import ServerOptions
 
 from llmtrace.deploy import playbook
+from llmtrace.picker import config
 
 CHANGED = {"vllm_servers": 2, "vllm_base_port": 18500, "vllm_block_size": 64, "store_port": 18501}
 
@@ -125,6 +128,37 @@ def test_the_arms_differ_only_in_who_decides(disaggregated: Path, arm: str, deci
     other = read(disaggregated / "picker-never-split.yaml")
     assert [p["type"] for p in other["plugins"] if "decider" not in p["type"]] == [p["type"] for p in config["plugins"]]
     assert config["schedulingProfiles"] == other["schedulingProfiles"]
+
+
+@pytest.mark.parametrize("scenario", ["prefix-cache", "pd-disaggregation"])
+def test_pickers_can_follow_the_servers_kv_caches(tmp_path: Path, scenario: str) -> None:
+    etc = render(tmp_path, {"scenario": scenario, "prefix_cache_producer": "precise", "vllm_block_size": 64})
+    servers = read(etc / "endpoints.yaml")["endpoints"]
+    assert len(servers) == 3
+    for server in servers:
+        options = shlex.split(program_section(etc, server["name"])["command"].replace("%%", "%"))
+        events = json.loads(options[options.index("--kv-events-config") + 1])
+        assert "--enable-scale-out" in options
+        assert events["enable_kv_cache_events"] is True
+        assert events["topic"] == f"kv@{server['name']}@smollm2-135m"
+        assert server["labels"]["llmtrace.kv-events"] == events["endpoint"]
+        assert server["labels"]["llmtrace.kv-events-replay"] == events["replay_endpoint"]
+        assert events["endpoint"].startswith(f"ipc://{tmp_path}/")
+    pickers = [path for path in etc.glob("picker-*.yaml") if path.stem != "picker"]
+    assert len(pickers) == (2 if scenario == "prefix-cache" else 3)
+    for path in pickers:
+        loaded = config.load(path, Handle())
+        assert [producer.type for producer in loaded.producers] == ["precise-prefix-cache-producer"]
+        assert loaded.tokenizer is not None
+        sizes = [
+            p["parameters"]["tokenProcessorConfig"] for p in read(path)["plugins"] if p["type"].startswith("precise")
+        ]
+        assert sizes == [{"blockSizeTokens": 64}]
+
+
+def test_by_default_servers_publish_nothing(etc: Path) -> None:
+    assert "kv-events" not in (etc / "endpoints.yaml").read_text()
+    assert "kv-events" not in program_section(etc, "vllm-0")["command"]
 
 
 def test_the_plugin_is_on_the_model_servers_path_unless_switched_off(etc: Path, tmp_path: Path) -> None:

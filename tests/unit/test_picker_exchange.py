@@ -10,6 +10,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from picking import (
     PREFIX_AWARE,
     Picker,
+    PromptExchange,
     chat,
     endpoint,
     headers_set,
@@ -19,7 +20,7 @@ from picking import (
     response_headers,
 )
 
-from llmtrace.picker.exchange import CHUNK_BYTES, MAX_BODY_BYTES, Exchange, Services
+from llmtrace.picker.exchange import CHUNK_BYTES, MAX_BODY_BYTES, Services
 from llmtrace.picker.ext_proc import ProcessingRequest
 from llmtrace.picker.scheduler import Scheduler
 from llmtrace.semconv import attributes as a
@@ -36,7 +37,7 @@ def picker(tmp_path: Path) -> Picker:
     return Picker(tmp_path)
 
 
-def route(exchange: Exchange, body: bytes | None = None, **headers: str) -> list[Any]:
+def route(exchange: PromptExchange, body: bytes | None = None, **headers: str) -> list[Any]:
     assert exchange.handle(request_headers(**headers)) == []
     return exchange.handle(request_body(chat() if body is None else body))
 
@@ -115,7 +116,7 @@ def test_a_request_without_body_goes_anywhere(picker: Picker) -> None:
 # Errors
 
 
-def immediate(exchange: Exchange, body: bytes) -> Any:
+def immediate(exchange: PromptExchange, body: bytes) -> Any:
     (response,) = route(exchange, body)
     exchange.close()
     assert exchange.answered
@@ -199,7 +200,7 @@ def test_without_tracing_the_callers_context_goes_on_untouched(tmp_path: Path) -
     picker = Picker(tmp_path)
     off = Tracer(TracerProvider(), None, "off")
     scheduler = Scheduler(picker.configuration, picker.handle.metrics, off)
-    exchange = Exchange(Services.make(picker.handle.pool, scheduler, picker.handle.metrics, off), {})
+    exchange = PromptExchange(Services.make(picker.handle.pool, scheduler, picker.handle.metrics, off), {})
     assert "traceparent" not in headers_set(route(exchange, traceparent=CLIENT)[0])
 
 

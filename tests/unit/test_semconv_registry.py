@@ -237,7 +237,11 @@ def test_the_pickers_metrics_are_declared_with_their_labels(tmp_path: Path) -> N
     metrics.plugin.labels("Scorer", "queue-scorer", "queue-scorer").observe(0.001)
     for family in (metrics.prefix_size, metrics.prefix_hit_ratio):
         family.labels("prefix", "approx-prefix-cache-producer")
-    declared = {m.name: m for m in registry().metrics.values() if m.name.startswith("llm_d_epp_")}
+    for counter in (metrics.kv_cache.received, metrics.kv_cache.missed, metrics.kv_cache.dropped):
+        counter.labels("default/vllm-0")
+    metrics.kv_cache.errors.labels("default/vllm-0", "replay")
+    metrics.kv_cache.skipped.labels("unknown", "unknown_parent")
+    declared = {m.name: m for m in registry().metrics.values() if m.name.startswith(("llm_d_epp_", "llmtrace_kv_"))}
     found = {exported(metric): metric for metric in metrics.registry.collect()}
     assert found.keys() == declared.keys()
     for name, metric in found.items():
