@@ -30,8 +30,11 @@ GOOD = {
     "unified": pd_trace(**UNIFIED),
     "split, llm-d": pd_trace(upstream=True),
     "unified, llm-d": pd_trace(upstream=True, **UNIFIED),
-    "split, nothing to transfer": pd_trace(arm="always-split", reason="always", cached=1632),
     "split, short": pd_trace(arm="always-split", reason="always", prompt=KV_BLOCK - 1, ttft_ms=200.0),
+    "split, nothing to transfer": pd_trace(arm="always-split", reason="always", cached=1632, whole_blocks=True),
+    "split, less than a block": pd_trace(
+        arm="always-split", reason="always", prompt=20, ttft_ms=200.0, whole_blocks=True
+    ),
 }
 SPLIT = GOOD["split"]
 INDEX = st.integers(0, len(SPLIT.spans) - 1)
@@ -90,7 +93,9 @@ def test_a_form_is_what_the_picker_decided_else_what_was_done() -> None:
     def form(trace: Trace) -> str:
         return forms[id(expected(trace))]
 
-    assert [form(t) for t in GOOD.values()] == ["split", "unified", "split", "unified"] + ["split_without_load"] * 2
+    assert [form(t) for t in GOOD.values()] == ["split", "unified", "split", "unified", "split"] + [
+        "split_without_load"
+    ] * 2
     no_picker = Trace(SPLIT.trace_id, tuple(s for s in SPLIT.spans if s.service != "llm-d-epp"))
     assert form(no_picker) == "split"
     only_servers = Trace(SPLIT.trace_id, tuple(s for s in SPLIT.spans if s.service == "vllm"))
