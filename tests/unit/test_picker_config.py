@@ -254,10 +254,17 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         config.load(tmp_path / "none.yaml", Handle())
 
 
+@pytest.mark.parametrize("producer", ["approx", "precise"])
 @pytest.mark.parametrize("arm", ["prefix-aware", "random"])
-def test_the_stacks_own_configurations_are_accepted(tmp_path: Path, arm: str) -> None:
+def test_the_stacks_own_configurations_are_accepted(tmp_path: Path, arm: str, producer: str) -> None:
     import jinja2
 
-    template = Path(__file__).parents[2] / f"playbooks/roles/picker/templates/{arm}.yaml.j2"
-    rendered = jinja2.Template(template.read_text()).render(llmtrace_etc_dir="/etc/x", vllm_block_size=32)
-    assert load(tmp_path, rendered).profiles["default"].scorers
+    templates = jinja2.FileSystemLoader(Path(__file__).parents[2] / "playbooks/roles/picker/templates")
+    rendered = (
+        jinja2.Environment(loader=templates, trim_blocks=True, autoescape=False)
+        .get_template(f"{arm}.yaml.j2")
+        .render(llmtrace_etc_dir="/etc/x", vllm_block_size=32, vllm_model_name="smol", prefix_cache_producer=producer)
+    )
+    loaded = load(tmp_path, rendered)
+    assert loaded.profiles["default"].scorers
+    assert [made.type for made in loaded.producers] == [f"{producer}-prefix-cache-producer"]
