@@ -8,10 +8,10 @@ UV_VERSION := 0.13.9
 UV ?= $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 RUN := $(UV) run --frozen --all-extras --all-groups --no-sync
 
-.PHONY: help demo up down check format generate test test-unit test-local bench
+.PHONY: help demo up down check format generate test test-unit test-local bench bench-overhead
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 .uv/bin/uv:
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not on PATH; install Python 3.11 or newer, or say PYTHON=<path>" >&2; exit 2; }
@@ -56,3 +56,6 @@ test: check ## Everything that CI runs
 
 bench: .venv/.synced ## Benchmarks: ratios measured side by side in one run
 	$(RUN) python -m bench
+
+bench-overhead: .venv/.synced ## What tracing costs a model server: about an hour on an idle machine (needs what `make up` installs)
+	$(RUN) python -m bench.overhead

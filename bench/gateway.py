@@ -2,7 +2,7 @@
 
 ``python -m bench.gateway [--seconds N] [--json]``. Both ways lead through the kit's own Envoy configuration to the
 same trivial backends (Envoy's direct responses), in alternating rounds of one run, with prompts of 4 kB. Spans are
-sent to a sink that takes and drops them. Needs the Envoy that ``make up`` installs.
+sent to a sink that counts and drops them. Needs the Envoy that ``make up`` installs.
 """
 
 from __future__ import annotations
@@ -10,26 +10,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import multiprocessing
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent import futures
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import grpc
-import httpx
 import jinja2
 import uvloop
 import yaml
 
+from bench.processes import free_ports, process, wait
+from bench.sink import sink
 from llmtrace.stack import cache_home
 
 ROOT = Path(__file__).parents[1]
@@ -67,14 +63,6 @@ schedulingProfiles:
       - {{pluginRef: max-score-picker}}
 dataLayer: {{discovery: {{pluginRef: file-discovery}}}}
 """
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def hcm(prefix: str, routes: list[dict[str, Any]], port: int) -> dict[str, Any]:
@@ -139,67 +127,29 @@ def direct(prefix: str, body: str) -> dict[str, Any]:
     }
 
 
-def sink(port: int) -> None:
-    """Takes OTLP requests and drops them, counting nothing."""
-
-    def export(request: bytes, context: grpc.ServicerContext) -> bytes:
-        return b""
-
-    methods = {"Export": grpc.unary_unary_rpc_method_handler(export)}
-    service = "opentelemetry.proto.collector.trace.v1.TraceService"
-    server = grpc.server(futures.ThreadPoolExecutor(2))
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, methods),))
-    server.add_insecure_port(f"127.0.0.1:{port}")
-    server.start()
-    server.wait_for_termination()
-
-
-@contextmanager
-def process(command: list[str], log: Path, **environment: str) -> Iterator[None]:
-    with log.open("wb") as output:
-        child = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **environment})
-        try:
-            yield
-        finally:
-            child.terminate()
-            child.wait(START_TIMEOUT_S)
-
-
 @contextmanager
 def gateway(folder: Path, *, tracing: bool = True) -> Iterator[dict[str, Any]]:
     """Envoy, backends, picker and sink; yields the ports."""
-    names = ("admin", "picker_gateway", "plain_gateway", "picker", "health", "metrics", "sink")
+    names = ("admin", "picker_gateway", "plain_gateway", "picker", "health", "metrics")
     found = free_ports(len(names) + BACKENDS)
     ports: dict[str, Any] = {**dict(zip(names, found, strict=False)), "backends": found[len(names) :]}
     entries = [{"name": f"b{i}", "address": "127.0.0.1", "port": str(p)} for i, p in enumerate(ports["backends"])]
     (folder / "endpoints.yaml").write_text(yaml.safe_dump({"endpoints": entries}))
     (folder / "picker.yaml").write_text(PICKER_CONFIG.format(endpoints=folder / "endpoints.yaml"))
-    (folder / "envoy.yaml").write_text(yaml.safe_dump(envoy_config(ports)))
     command = [sys.executable, "-m", "llmtrace.picker", "--pool-name=bench", f"--config-file={folder / 'picker.yaml'}"]
     command += [f"--grpc-port={ports['picker']}", f"--grpc-health-port={ports['health']}"]
     command += [f"--metrics-port={ports['metrics']}"]
-    tracer = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{ports['sink']}"} if tracing else {}
-    receiver = multiprocessing.get_context("spawn").Process(target=sink, args=(ports["sink"],), daemon=True)
-    receiver.start()
     envoy = [str(ENVOY), "-c", str(folder / "envoy.yaml"), "--concurrency", "1", "--log-level", "warn"]
-    with process([*envoy, "--base-id", str(ports["admin"])], folder / "envoy.log"):
-        wait(f"http://127.0.0.1:{ports['admin']}/ready", folder / "envoy.log")
-        with process(command, folder / "picker.log", **(tracer or {"OTEL_SDK_DISABLED": "true"})):
-            wait(f"http://127.0.0.1:{ports['metrics']}/metrics", folder / "picker.log")
-            yield ports
-    receiver.terminate()
-    receiver.join()
-
-
-def wait(url: str, log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        try:
-            if httpx.get(url, trust_env=False).status_code == httpx.codes.OK:
-                return
-        except httpx.HTTPError:
-            time.sleep(0.1)
-    sys.exit(f"{url} did not answer within {START_TIMEOUT_S} s; its log:\n{log.read_text()}")
+    with sink() as [receiver]:
+        ports["sink"] = receiver.port
+        endpoint = f"http://127.0.0.1:{receiver.port}"
+        tracer = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint} if tracing else {"OTEL_SDK_DISABLED": "true"}
+        (folder / "envoy.yaml").write_text(yaml.safe_dump(envoy_config(ports)))
+        with process([*envoy, "--base-id", str(ports["admin"])], folder / "envoy.log", {}):
+            wait(f"http://127.0.0.1:{ports['admin']}/ready", folder / "envoy.log", START_TIMEOUT_S)
+            with process(command, folder / "picker.log", tracer):
+                wait(f"http://127.0.0.1:{ports['metrics']}/metrics", folder / "picker.log", START_TIMEOUT_S)
+                yield ports
 
 
 class Client(asyncio.Protocol):

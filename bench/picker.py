@@ -36,7 +36,7 @@ from llmtrace.picker.metrics import Metrics
 from llmtrace.picker.plugins.precise_prefix_cache_producer import PrecisePrefixCacheProducer
 from llmtrace.picker.request import BYTES_PER_TOKEN, InferenceRequest, parse
 from llmtrace.picker.scheduler import Scheduler
-from llmtrace.picker.spans import Tracer
+from llmtrace.spans import Tracer
 
 PD_CONFIG = """
 apiVersion: llm-d.ai/v1alpha1

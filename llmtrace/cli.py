@@ -12,7 +12,7 @@ from rich.console import Console
 
 from llmtrace import cli_conformance, cli_scenarios, cli_stack
 from llmtrace.errors import UserError
-from llmtrace.scenarios.prefix_cache import NAME
+from llmtrace.scenarios import catalogue
 from llmtrace.stack import Stack
 
 app = typer.Typer(
@@ -29,7 +29,10 @@ cli_conformance.mount(app)
 
 @app.command()
 def demo(
-    report: Annotated[Path, typer.Option(help="Write the HTML report here.")] = Path("reports/prefix-cache.html"),
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="SCENARIO", help="The scenarios to show; default: all of them.")
+    ] = None,
+    reports: Annotated[Path, typer.Option(help="Write the HTML reports into this folder.")] = Path("reports"),
 ) -> None:
     """Stand up the local stack, run the scenarios on real inference, verify their traces, print their answers."""
     console, start = Console(stderr=True), time.monotonic()
@@ -37,17 +40,18 @@ def demo(
     def step(title: str) -> None:
         console.rule(f"{title}  [dim]{time.monotonic() - start:.0f} s[/dim]", align="left")
 
-    step("1. Stand up the traced stack")
-    cli_stack.stand_up()
-    step("2. Run the prefix-cache scenario on it")
-    cli_scenarios.run(NAME)
-    step("3. Verify that each request gives one complete trace")
-    cli_scenarios.verify(NAME)
-    step("4. Answer from the traces")
-    cli_scenarios.answer(NAME, html=report)
+    for scenario in [catalogue.scenario(name) for name in names or catalogue.SCENARIOS]:
+        step(f"{scenario.name}: stand up its stack")
+        cli_stack.stand_up(["-e", f"scenario={scenario.name}"])
+        step(f"{scenario.name}: run its workload")
+        cli_scenarios.run(scenario.name)
+        step(f"{scenario.name}: verify that each request gives one complete trace")
+        cli_scenarios.verify(scenario.name)
+        step(f"{scenario.name}: answer from the traces")
+        cli_scenarios.answer(scenario.name, html=reports / f"{scenario.name}.html")
     stack = Stack.load()
     step("Where to look")
-    console.print(f"report with plots    {report.resolve()}")
+    console.print(f"reports with plots   {reports.resolve()}")
     console.print("one request          llmtrace trace TRACE_ID")
     console.print("what runs where      llmtrace status")
     console.print(f"metrics              {stack.prometheus}")

@@ -6,7 +6,7 @@ import asyncio
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,15 +22,16 @@ from rich.progress import (
 from llmtrace.errors import UserError
 from llmtrace.perfetto import perfetto_json
 from llmtrace.render import tree
+from llmtrace.scenarios.catalogue import SCENARIOS
+from llmtrace.scenarios.catalogue import scenario as scenario_of
 from llmtrace.scenarios.driver import Driver, Settings
 from llmtrace.scenarios.expectation import CLOCK_TOLERANCE_MS
-from llmtrace.scenarios.prefix_cache import ARMS, EXPECTATION, NAME
-from llmtrace.scenarios.prefix_cache_answer import answer as compute_answer
-from llmtrace.scenarios.prefix_cache_text import answer_text, verification_text
+from llmtrace.scenarios.prefix_cache import NAME
 from llmtrace.scenarios.runs import latest_run, load_run, wait_for
+from llmtrace.scenarios.scenario import Scenario
 from llmtrace.scenarios.smoke import send_smoke_requests
 from llmtrace.scenarios.smoke import verify as verify_traces
-from llmtrace.scenarios.workload import Workload
+from llmtrace.scenarios.text import verification_text
 from llmtrace.semconv import attributes as a
 from llmtrace.stack import Stack
 from llmtrace.telemetry import setup_tracing
@@ -41,31 +42,38 @@ FLUSH_TIMEOUT_MS = 10_000
 MIN_WIDTH = 150
 """Columns of output that goes into a file or a pipe."""
 
-Scenario = Annotated[str, typer.Argument(help="The scenario: prefix-cache.")]
+Name = Annotated[str, typer.Argument(metavar="SCENARIO", help=f"The scenario: {' or '.join(SCENARIOS)}.")]
 Store = Annotated[str | None, typer.Option(help="Base URL of the trace store (or of Tempo); default: the stack's.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def run(
-    scenario: Scenario = NAME,
-    blocks: Annotated[int, typer.Option(help="Blocks; each is sent by both arms.")] = 3,
-    conversations: Annotated[int, typer.Option(help="Conversations of each tenant in a block.")] = 2,
-    turns: Annotated[int, typer.Option(help="Turns of each conversation.")] = 2,
+    name: Name = NAME,
+    blocks: Annotated[int | None, typer.Option(help="Blocks; each is sent by every arm.")] = None,
+    conversations: Annotated[int | None, typer.Option(help="Conversations of each tenant in a block.")] = None,
+    turns: Annotated[int | None, typer.Option(help="Turns of each conversation.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the workload.")] = 1,
-    max_tokens: Annotated[int, typer.Option(min=1, max=1024, help="Tokens to generate for each request.")] = 8,
-    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Conversations at the same time.")] = 2,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Tokens to generate for each request.")
+    ] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, max=256, help="Conversations at the same time.")] = None,
     request_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one request.")] = 60.0,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for the whole run.")] = 900.0,
     store: Store = None,
 ) -> None:
-    """Drive a scenario's workload through the stack, and wait until its traces are in the store."""
-    _known(scenario)
-    stack = Stack.load()
-    workload = Workload(blocks, conversations, turns, seed)
+    """Drive a scenario's workload through the stack, and wait until its traces are in the store.
+
+    What is left out is the scenario's own choice.
+    """
+    scenario = scenario_of(name)
+    stack = _stack(scenario)
+    sizes = {"blocks": blocks, "conversations": conversations, "turns": turns}
+    workload = scenario.workload(seed=seed, **{key: size for key, size in sizes.items() if size is not None})
     settings = _settings(
+        scenario,
         stack,
-        max_tokens=max_tokens,
-        concurrency=concurrency,
+        max_tokens=max_tokens or scenario.max_tokens,
+        concurrency=concurrency or scenario.concurrency,
         request_timeout_s=request_timeout,
         run_timeout_s=timeout,
     )
@@ -76,7 +84,7 @@ def run(
     try:
         driver = Driver(settings, provider)
         with _progress(console) as bars:
-            tasks = {arm: bars.add_task(f"{arm} routing", total=workload.size) for arm in ARMS}
+            tasks = {arm: bars.add_task(f"{arm} routing", total=workload.size) for arm in scenario.arms}
             driver.progress = lambda arm: bars.advance(tasks[arm])
             record = asyncio.run(driver.run(workload))
         provider.force_flush(FLUSH_TIMEOUT_MS)
@@ -85,46 +93,44 @@ def run(
     record.save(stack.run_dir)
     ids = [trace_id for found in record.trace_ids.values() for trace_id in found]
     with console.status("waiting for the traces to reach the store"):
-        seen = wait_for(tempo, ids, _complete, timeout_s=30)
-    late = sum(trace is None or not _complete(trace) for trace in seen.values())
+        seen = wait_for(tempo, ids, scenario.complete, timeout_s=30)
+    late = sum(trace is None or not scenario.complete(trace) for trace in seen.values())
     console.print(
         f"run {record.run_id}: {record.requests} requests in {record.seconds:.0f} s, {record.failed} failed"
         + (f"; {late} traces are not complete in the store yet" if late else "")
     )
-    console.print(f"next: llmtrace answer {scenario}    one trace: llmtrace trace {ids[-1]}", soft_wrap=True)
+    console.print(f"next: llmtrace answer {name}    one trace: llmtrace trace {ids[-1]}", soft_wrap=True)
 
 
 def answer(
-    scenario: Scenario = NAME,
+    name: Name = NAME,
     run_id: Annotated[str | None, typer.Option("--run", help="Run id; default: the latest in the store.")] = None,
     as_json: Json = False,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.")] = None,
     store: Store = None,
 ) -> None:
     """Answer a scenario's question from the traces of a run."""
-    _known(scenario)
+    scenario = scenario_of(name)
     tempo = TempoClient(store or Stack.load().store)
-    run_id = run_id or latest_run(tempo, scenario)
-    found = compute_answer(run_id, load_run(tempo, run_id))
+    run_id = run_id or latest_run(tempo, name)
+    found = scenario.answer(run_id, load_run(tempo, run_id))
     if html is not None:
-        # The plotting library takes a second to import; only reports need it.
-        from llmtrace.report import prefix_cache_html
-
-        _write(html, prefix_cache_html(found))
+        _write(html, scenario.html(found))
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
         return
     console = _console()
-    for part in answer_text(found):
+    for part in scenario.text(found):
         console.print(part)
     if html is not None:
         console.print(f"report: {html}")
-    worst = found.missed[0].trace_id if found.missed else (found.pairs[0].candidate_trace_id if found.pairs else "ID")
-    console.print(f"next: llmtrace trace {worst}" + ("" if html else "    plots: --html FILE"))
+    console.print(
+        f"next: llmtrace trace {scenario.example(found) or 'ID'}" + ("" if html else "    plots: --html FILE")
+    )
 
 
 def verify(
-    scenario: Scenario = NAME,
+    name: Name = NAME,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for complete traces.")] = 30.0,
     clock_tolerance_ms: Annotated[
         float,
@@ -134,15 +140,15 @@ def verify(
     store: Store = None,
 ) -> None:
     """Send a few requests and check that each gives one complete trace (exit code 1 if not)."""
-    _known(scenario)
-    stack = Stack.load()
+    scenario = scenario_of(name)
+    stack = _stack(scenario)
     tempo = TempoClient(store or stack.store)
     tracing = setup_tracing(a.CLIENT_SERVICE, "driver", default_endpoint=stack.collector_otlp_grpc)
     provider = tracing.provider
-    driver = Driver(_settings(stack, max_tokens=4), provider)
+    driver = Driver(_settings(scenario, stack, max_tokens=4), provider)
     driver.run_id = f"verify-{driver.run_id}"
     try:
-        sent = asyncio.run(send_smoke_requests(driver))
+        sent = asyncio.run(send_smoke_requests(driver, scenario.smoke_requests()))
         provider.force_flush(FLUSH_TIMEOUT_MS)
     finally:
         tracing.shutdown()
@@ -151,7 +157,7 @@ def verify(
             tempo,
             sent,
             scenario,
-            EXPECTATION,
+            stack,
             timeout_s=timeout,
             clock_tolerance_ms=clock_tolerance_ms,
             failed_requests=driver.failures,
@@ -200,22 +206,28 @@ def trace_json(found: Trace) -> str:
     return json.dumps(asdict(found), indent=2, default=lambda value: bytes(value).hex())
 
 
-def _known(scenario: str) -> None:
-    if scenario != NAME:
-        raise UserError(f"there is no scenario {scenario!r}; there is: {NAME}")
+def _stack(scenario: Scenario[Any]) -> Stack:
+    """The running stack; UserError when it is set up for another scenario."""
+    stack = Stack.load()
+    if stack.scenario != scenario.name:
+        raise UserError(
+            f"the running stack is set up for {stack.scenario}, not for {scenario.name}: "
+            f"run `llmtrace up -e scenario={scenario.name}`"
+        )
+    return stack
 
 
-def _settings(stack: Stack, **changes: float) -> Settings:
-    servers = {server.name: server.url for server in stack.servers}
-    return Settings(NAME, stack.model, stack.gateways, servers, ARMS, **changes)  # type: ignore[arg-type]
-
-
-def _complete(found: Trace) -> bool:
-    """Whether a request's trace has what the answer reads; a failed request needs no model server."""
-    if not any(s.service == a.CLIENT_SERVICE for s in found.spans):
-        return False
-    failed = any(s.status == "ERROR" for s in found.spans)
-    return failed or (bool(found.named(a.GATEWAY_SPAN)) and bool(found.named(a.SERVER_SPAN)))
+def _settings(scenario: Scenario[Any], stack: Stack, **changes: float) -> Settings:
+    return Settings(
+        scenario.name,
+        stack.model,
+        stack.gateways,
+        {server.name: server.url for server in stack.servers},
+        scenario.arms,
+        {server.name: server.role for server in stack.servers},
+        scenario.arm_facts(stack),
+        **changes,  # type: ignore[arg-type]
+    )
 
 
 def _progress(console: Console) -> Progress:

@@ -28,7 +28,7 @@ def _exit_as(code: int) -> None:
 def up(context: typer.Context) -> None:
     """Stand the local stack up, or bring it up to date; a second run changes nothing.
 
-    Further arguments go to ansible-playbook, for example `-e vllm_servers=2` or `--check --diff`.
+    Further arguments go to ansible-playbook, for example `-e scenario=pd-disaggregation` or `--check --diff`.
     """
     stand_up(context.args)
 

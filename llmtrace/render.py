@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtrace.traces.model import AttributeValue, Span, Trace
+from llmtrace.units import bytes_text
 
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "bright_red", "bright_cyan", "bright_magenta")
 HIDDEN = ("gen_ai.request.id", "gen_ai.operation.name", "llmtrace.scenario.name", "llmtrace.scenario.run_id")
@@ -46,6 +47,27 @@ SHOWN: dict[str, dict[str, str]] = {
         "llmtrace.prefix.prompt_tokens": "of",
     },
     "pick_endpoints": {"llm_d.epp.picker.top_scores": "top"},
+    "pick_disagg_profile": {"llm_d.epp.profile_handler.decision": "step"},
+    "prepare_disaggregation": {
+        "llmtrace.pd.decision": "decision",
+        "llm_d.epp.pd.disaggregation_used": "split",
+        "llmtrace.pd.reason": "reason",
+        "llmtrace.pd.prompt_tokens": "prompt",
+        "llmtrace.pd.cached_tokens": "cached",
+        "llmtrace.pd.threshold_tokens": "threshold",
+        "llmtrace.pd.minimum_prompt_tokens": "minimum",
+        "llmtrace.pd.decode_endpoint": "decode",
+        "llmtrace.pd.decode_waiting": "waiting",
+        "llmtrace.pd.prefill_endpoint": "prefill",
+        "llmtrace.pd.prefill_waiting": "waiting",
+    },
+    "llm_d.pd_proxy.POST *": {"http.response.status_code": "status"},
+    "forward_request": {
+        "llm_d.pd_proxy.disaggregation_used": "split",
+        "llm_d.pd_proxy.prefill_target": "prefill at",
+        "llm_d.pd_proxy.reason": "reason",
+    },
+    "HTTP *": {"url.full": "to", "http.response.status_code": "status"},
     "llm_request": {
         "gen_ai.usage.prompt_tokens": "prompt",
         "gen_ai.usage.completion_tokens": "output",
@@ -53,6 +75,37 @@ SHOWN: dict[str, dict[str, str]] = {
         "gen_ai.latency.time_in_model_prefill": "prefill",
         "gen_ai.latency.time_in_model_decode": "decode",
         "gen_ai.latency.time_to_first_token": "ttft",
+    },
+    "queue": {
+        "llmtrace.queue.reason": "reason",
+        "llmtrace.queue.position": "position",
+        "llmtrace.queue.running": "running",
+        "llmtrace.queue.waiting": "waiting",
+    },
+    "kv_load": {
+        "llmtrace.kv_load.bytes": "size",
+        "llmtrace.kv_load.blocks": "blocks",
+        "llmtrace.kv_load.tokens": "tokens",
+        "llmtrace.kv_load.transfer_ms": "transfer ms",
+        "llmtrace.kv_load.remote_engine_id": "from engine",
+        "llmtrace.kv_load.failed": "failed",
+    },
+    # The sidecar's legs and the model server's phases have the same names.
+    "prefill": {
+        "llm_d.pd_proxy.prefill_target": "to",
+        "llm_d.pd_proxy.prefill.status_code": "status",
+        "gen_ai.usage.input_tokens": "prompt",
+        "llmtrace.prefill.local_cached_tokens": "cached",
+        "llmtrace.prefill.external_cached_tokens": "loaded",
+        "llmtrace.prefill.computed_tokens": "computed",
+        "llmtrace.prefill.chunks": "chunks",
+    },
+    "decode": {
+        "llm_d.pd_proxy.decode.target": "to",
+        "gen_ai.usage.output_tokens": "output",
+        "llmtrace.decode.tpot_mean_ms": "tpot ms",
+        "llmtrace.decode.gap_max_ms": "longest gap ms",
+        "llmtrace.preempted_ms": "preempted ms",
     },
 }
 """The attributes that matter and their labels, by span name (a shell-style pattern). Others: the first."""
@@ -68,6 +121,7 @@ MOST_OTHERS = 6
 NAME_WIDTH = 52
 """Longer names, indentation included, are cut."""
 SECONDS = "gen_ai.latency."
+BYTES = "llmtrace.kv_load.bytes"
 
 
 def tree(trace: Trace, *, bar_width: int = 16) -> RenderableType:
@@ -156,9 +210,11 @@ def _value(span: Span, name: str) -> str:
 
 
 def format_value(name: str, value: AttributeValue) -> str:
-    """A value for people: floats rounded, vLLM's latencies in seconds as milliseconds, arrays joined."""
+    """A value for people: floats rounded, vLLM's latencies in seconds as milliseconds, bytes as MB, arrays joined."""
     if name.startswith(SECONDS) and isinstance(value, int | float):
         return f"{value * 1e3:.1f} ms"
+    if name == BYTES and isinstance(value, int):
+        return bytes_text(value)
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
     if isinstance(value, list | tuple):

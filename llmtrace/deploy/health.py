@@ -75,7 +75,6 @@ def components(stack: Stack) -> list[Component]:
             for picker in stack.pickers.values()
         ),
         *(Component(server.process, f"{server.url}/health", server.url) for server in stack.servers),
-        # A sidecar has no health of its own: it answers when its decode server does.
         *(Component(sidecar.process, f"{sidecar.url}/health", sidecar.url) for sidecar in stack.sidecars),
         Component("collector", stack.collector_health, stack.collector_otlp_grpc),
         Component("store", f"{stack.store}/ready", stack.store),

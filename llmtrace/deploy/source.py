@@ -6,7 +6,10 @@ import hashlib
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
-COMMON = ("errors.py", "telemetry.py", "semconv/attributes.py")
+COMMON = (
+    *("errors.py", "telemetry.py", "spans.py", "flags.py", "durations.py", "endpoints_file.py", "watch.py"),
+    "semconv/attributes.py",
+)
 PARTS = {
     "services": (*COMMON, "picker", "sidecar", "traces"),
     "engine": ("__init__.py", "semconv/attributes.py", "engine"),

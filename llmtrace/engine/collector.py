@@ -16,16 +16,16 @@ from llmtrace.engine import clock
 from llmtrace.engine.facts import (
     DEPARTED_HEADER,
     FACTS_HEADER,
+    FAILED,
     MAX_CHUNKS,
     Facts,
-    Load,
     Preemption,
     is_sampled,
     to_wire,
 )
+from llmtrace.engine.loads import Loads, note_failure
 
 _QUEUED, _SCHEDULED, _PREEMPTED = "QUEUED", "SCHEDULED", "PREEMPTED"
-_REMOTE_KV = "WAITING_FOR_REMOTE_KVS"
 
 
 @dataclass(slots=True)
@@ -48,6 +48,7 @@ class Collector:
         self._preempted: dict[str, _Tracked] = {}
         self._departed: dict[str, _Tracked] = {}
         """Ended from outside; their facts leave with the next messages."""
+        self._loads = Loads(scheduler)
         config = scheduler.vllm_config
         parallel = getattr(config, "parallel_config", None)
         self._dp_rank = int(getattr(parallel, "data_parallel_index", getattr(parallel, "data_parallel_rank", 0)) or 0)
@@ -58,6 +59,7 @@ class Collector:
         """Let go of everything."""
         for tracked in (self._live, self._waiting, self._prefilling, self._preempted, self._departed):
             tracked.clear()
+        self._loads.clear()
 
     def waiting_count(self, request: Any) -> int | None:
         """Requests waiting now, before ``request`` joins; None where it is not sampled or is known already."""
@@ -104,10 +106,12 @@ class Collector:
             for new in output.scheduled_new_reqs:
                 tracked = self._waiting.pop(new.req_id, None)
                 if tracked is not None:
-                    self._note_admitted(tracked, began)
+                    self._note_admitted(tracked, began, tokens[new.req_id])
                     self._prefilling[new.req_id] = tracked
-            if getattr(self._scheduler, "connector", None) is not None:
-                self._note_loads()
+            if self._loads.possible:
+                now = time.monotonic()
+                for tracked in self._waiting.values():
+                    self._loads.scheduled(tracked.request, tracked.facts, now)
         if self._prefilling:
             self._note_chunks(tokens, output.total_num_scheduled_tokens, began)
 
@@ -119,19 +123,17 @@ class Collector:
         if drafts:
             self._note_drafts(drafts, getattr(scheduler_output, "num_invalid_spec_tokens", None) or {}, model_output)
         connector = getattr(model_output, "kv_connector_output", None)
-        if connector is not None and self._waiting:
-            now = time.monotonic()
-            failed = getattr(connector, "failed_recving", None) or ()
-            for request_id in {*(getattr(connector, "finished_recving", None) or ()), *failed}:
-                tracked = self._waiting.get(request_id)
-                if tracked is not None and tracked.facts.loads and tracked.facts.loads[-1].end is None:
-                    load = tracked.facts.loads[-1]
-                    load.end, load.failed = now, request_id in failed
+        received = getattr(connector, "finished_recving", None)
+        if received and self._waiting:
+            for request_id in received:
+                if (tracked := self._waiting.get(request_id)) is not None:
+                    self._loads.received(request_id, tracked.facts, received, connector)
 
     def updated(self, messages: dict[int, Any]) -> None:
         """``messages`` (by API server) are about to leave: count their tokens, and put finished requests' facts in."""
         if not self._live and not self._departed:
             return
+        self._loads.updated()
         live = self._live
         for message in messages.values():
             now = message.timestamp
@@ -183,6 +185,9 @@ class Collector:
         facts, request = tracked.facts, tracked.request
         facts.finished = now
         facts.finish_reason = str(request.get_finished_reason())
+        if facts.loads and facts.scheduled is None and facts.finish_reason == FAILED:
+            # kv_load_failure_policy "fail": the load was the end of it.
+            facts.loads[-1].failed, facts.loads[-1].end = True, now
         facts.offset_ns = clock.offset_ns()
         held = min(getattr(request, "num_computed_tokens", 0), getattr(request, "num_tokens", 0))
         block_size = getattr(self._scheduler, "block_size", 0)
@@ -212,7 +217,7 @@ class Collector:
                 messages[client] = EngineCoreOutputs(outputs=[output])
         self._departed.clear()
 
-    def _note_admitted(self, tracked: _Tracked, began: float) -> None:
+    def _note_admitted(self, tracked: _Tracked, began: float, tokens: int) -> None:
         facts, request = tracked.facts, tracked.request
         facts.scheduled = _stamp(request, _SCHEDULED, began)
         scheduler = self._scheduler
@@ -227,6 +232,7 @@ class Collector:
             facts.computed_tokens = getattr(stats, "num_computed_tokens", None)
             facts.local_cached_tokens = getattr(stats, "num_local_cached_tokens", None)
             facts.external_cached_tokens = getattr(stats, "num_external_cached_tokens", None)
+        note_failure(request, facts, tokens)
 
     def _note_chunks(self, tokens: Mapping[str, int], total: int, began: float) -> None:
         for request_id, tracked in list(self._prefilling.items()):
@@ -255,19 +261,6 @@ class Collector:
             tracked = self._preempted.pop(request_id)
             tracked.facts.preemptions[-1].resumed = _stamp(tracked.request, _SCHEDULED, began)
             self._prefilling[request_id] = tracked
-
-    def _note_loads(self) -> None:
-        """Whoever waits for remote KV since this step. Loads of resumed requests belong to their preemption."""
-        over = getattr(self._scheduler, "finished_recving_kv_req_ids", ())
-        now = time.monotonic()
-        for request_id, tracked in self._waiting.items():
-            status = getattr(tracked.request, "status", None)
-            if getattr(status, "name", None) != _REMOTE_KV or request_id in over:
-                continue
-            loads = tracked.facts.loads
-            if not loads or loads[-1].end is not None:
-                stats = getattr(tracked.request, "prefill_stats", None)
-                loads.append(Load(now, tokens=getattr(stats, "num_external_cached_tokens", 0) or 0))
 
     def _note_drafts(self, drafts: Mapping[str, list[int]], invalid: Mapping[str, int], model_output: Any) -> None:
         sampled = getattr(model_output, "sampled_token_ids", None)

@@ -65,6 +65,7 @@ class Moved:
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler"
 _OUTPUT_PROCESSOR = "vllm.v1.engine.output_processor"
+_NIXL_STATS = "vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats"
 
 HOOKS = (
     Hook(
@@ -187,7 +188,22 @@ NAMES = (
     Name("vllm.v1.outputs", "ModelRunnerOutput", "sampled_token_ids", "drafts accepted", True),
     Name("vllm.v1.outputs", "ModelRunnerOutput", "req_id_to_index", "drafts accepted", True),
     Name("vllm.v1.outputs", "KVConnectorOutput", "finished_recving", "end of a KV load", True),
-    Name("vllm.v1.outputs", "KVConnectorOutput", "failed_recving", "failure of a KV load", True),
+    Name("vllm.v1.outputs", "KVConnectorOutput", "kv_connector_stats", "NIXL's own time for a load", True),
+    Name(_NIXL_STATS, "NixlKVConnectorStats", "data", "NIXL's own time for a load; a mapping of lists", True),
+    Name("vllm.v1.core.kv_cache_manager", "KVCacheManager", "get_blocks", "blocks of a KV load", True),
+    Name(
+        "vllm.v1.core.kv_cache_manager",
+        "KVCacheBlocks",
+        "get_unhashed_block_ids_all_groups",
+        "blocks of a KV load: those that are not in the cache yet, as NixlConnector counts them",
+        True,
+    ),
+    Name("vllm.v1.kv_cache_interface", "KVCacheConfig", "kv_cache_groups", "bytes of a KV load", True),
+    Name("vllm.v1.kv_cache_interface", "KVCacheGroupSpec", "layer_names", "bytes of a KV load", True),
+    Name("vllm.v1.kv_cache_interface", "KVCacheGroupSpec", "kv_cache_spec", "bytes of a KV load", True),
+    Name("vllm.v1.kv_cache_interface", "KVCacheSpec", "page_size_bytes", "bytes of a block in one layer", True),
+    Name("vllm.config.parallel", "ParallelConfig", "tensor_parallel_size", "workers that load KV", True),
+    Name("vllm.config.parallel", "ParallelConfig", "pipeline_parallel_size", "workers that load KV", True),
     Name(_SCHEDULER, "Scheduler", "requests", "the request behind an id"),
     Name(_SCHEDULER, "Scheduler", "vllm_config", "data-parallel rank, engine id"),
     Name(_SCHEDULER, "Scheduler", "connector", "whether KV can be loaded at all", True),
@@ -195,6 +211,9 @@ NAMES = (
     Name(_SCHEDULER, "Scheduler", "get_request_counts", "running and waiting", True),
     Name(_SCHEDULER, "Scheduler", "get_kv_cache_usage", "use of the KV cache", True),
     Name(_SCHEDULER, "Scheduler", "finished_recving_kv_req_ids", "a load that is over but not yet noticed", True),
+    Name(_SCHEDULER, "Scheduler", "failed_recving_kv_req_ids", "failure of a KV load", True),
+    Name(_SCHEDULER, "Scheduler", "kv_cache_manager", "blocks of a KV load", True),
+    Name(_SCHEDULER, "Scheduler", "kv_cache_config", "bytes of a KV load", True),
     Name(_OUTPUT_PROCESSOR, "OutputProcessor", "request_states", "whether vLLM still knows the request"),
     Name(_OUTPUT_PROCESSOR, "RequestState", "external_req_id", "the request's id as the client knows it", True),
     Name(_OUTPUT_PROCESSOR, "RequestState", "num_cached_tokens", "cached tokens on llm_request", True),

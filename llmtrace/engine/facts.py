@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields
 from typing import Any
 
 FACTS_HEADER = "llmtrace-facts"
@@ -20,6 +20,8 @@ DEPARTED_HEADER = "llmtrace-departed"
 """Present where the output was added by this plugin, for a request that left without one (abort)."""
 MAX_CHUNKS = 64
 """Chunks kept per request; OpenTelemetry keeps 128 events per span."""
+ABORTED, FAILED = "abort", "error"
+"""Two of vLLM's finish reasons."""
 _WIRE_VERSION = 1
 _SAMPLED = 1
 
@@ -38,6 +40,12 @@ class Load:
     end: float | None = None
     tokens: int = 0
     failed: bool = False
+    blocks: int | None = None
+    """KV cache blocks to fill, over all KV cache groups."""
+    size: int | None = None
+    """Bytes of those blocks, over all workers of the engine."""
+    transfer: float | None = None
+    """The connector's own time for it, s, where it can be told from those of other requests."""
 
 
 @dataclass(slots=True)
@@ -101,8 +109,8 @@ _LOADS, _PREEMPTIONS = _NAMES.index("loads"), _NAMES.index("preemptions")
 def to_wire(facts: Facts) -> str:
     """The facts as one string of JSON, by position."""
     values: list[Any] = [getattr(facts, name) for name in _NAMES]
-    values[_LOADS] = [(load.start, load.end, load.tokens, load.failed) for load in facts.loads]
-    values[_PREEMPTIONS] = [(item.preempted, item.resumed) for item in facts.preemptions]
+    values[_LOADS] = [astuple(load) for load in facts.loads]
+    values[_PREEMPTIONS] = [astuple(item) for item in facts.preemptions]
     return json.dumps([_WIRE_VERSION, *values], separators=(",", ":"))
 
 

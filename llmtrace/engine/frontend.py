@@ -32,7 +32,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from llmtrace import __version__
 from llmtrace.engine.drops import publish
-from llmtrace.engine.facts import DEPARTED_HEADER, FACTS_HEADER, Facts, from_wire, is_sampled
+from llmtrace.engine.facts import ABORTED, DEPARTED_HEADER, FACTS_HEADER, Facts, from_wire, is_sampled
 from llmtrace.engine.hooks import Guard, logger
 from llmtrace.engine.spans import Attributes, Window, phases, write, write_aborted
 from llmtrace.semconv import attributes as names
@@ -41,9 +41,10 @@ QUEUE_SIZE = 4096
 """Requests whose spans are yet to be made; beyond it they are dropped and counted."""
 PENDING_SIZE = 1024
 """Requests whose ``llm_request`` is there and whose facts are not."""
+PAUSE_S = 0.5
+"""Between two turns of the thread: one request's spans cost less CPU right after another's."""
 FLUSH_S = 2.0
 _STOP_STRING = "stop"
-_ABORT = "abort"
 
 # vLLM appends 8 hexadecimal digits to the client's id, and prefixes the index of each of n.
 _INTERNAL_ID = re.compile(r"^(?:\d+_)?(?P<external>.+?)(?:-[0-9a-f]{8})?$")
@@ -71,9 +72,13 @@ class _Job:
 
 
 class RequestSpanWatch(SpanProcessor):
-    """Sees ``llm_request`` start in the thread that asked to see it."""
+    """Sees ``llm_request`` start in the thread that asked to see it.
 
-    def __init__(self) -> None:
+    The SDK calls it from within vLLM's own code, so that it has the guard too; once switched off it touches no span.
+    """
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
         self._watch = threading.local()
 
     def begin(self, attributes: Attributes) -> None:
@@ -89,6 +94,10 @@ class RequestSpanWatch(SpanProcessor):
 
     def on_start(self, span: Span, parent_context: context_api.Context | None = None) -> None:
         """Remember the span, if it is the one."""
+        if self._guard.on:
+            self._guard.run("SpanProcessor.on_start", self._seen, span)
+
+    def _seen(self, span: Span) -> None:
         attributes: Attributes | None = getattr(self._watch, "attributes", None)
         if attributes is not None and span.name == names.SERVER_SPAN:
             self._watch.span = span
@@ -104,7 +113,7 @@ class Frontend:
     def __init__(self, guard: Guard, queue_size: int = QUEUE_SIZE, pending_size: int = PENDING_SIZE) -> None:
         self.dropped = 0
         self._guard = guard
-        self._watch = RequestSpanWatch()
+        self._watch = RequestSpanWatch(guard)
         self._provider: trace.TracerProvider | None = None
         self._pending: OrderedDict[str, Parent] = OrderedDict()
         self._pending_size = pending_size
@@ -134,7 +143,7 @@ class Frontend:
         if span is None:
             return
         request_id = str(getattr(state, "external_req_id", "") or external_id(output.request_id))
-        window = Window(span.start_time or 0, time.time_ns())
+        window = Window(span.start_time or 0, span.end_time or time.time_ns())
         parent = Parent(span.get_span_context(), window, request_id)
         headers = output.trace_headers
         if FACTS_HEADER in headers:
@@ -164,7 +173,7 @@ class Frontend:
             outputs[:] = [item for item in outputs if DEPARTED_HEADER not in (item.trace_headers or ())]
         for item in orphans:
             parent = self._pending.pop(item.request_id, None)
-            reason = _ABORT if parent is None else _STOP_STRING
+            reason = ABORTED if parent is None else _STOP_STRING
             self._submit(_Job(item.trace_headers, item.request_id, parent, reason))
 
     def flush(self, timeout_s: float = FLUSH_S) -> None:
@@ -198,6 +207,8 @@ class Frontend:
         while (job := self._jobs.get()) is not None:
             if self._guard.on:
                 self._guard.run("making spans", _make, job)
+            # Between two requests, let the event loop have Python's lock at once if it waits for it.
+            time.sleep(PAUSE_S if self._jobs.empty() else 0)
 
 
 def external_id(internal: str) -> str:

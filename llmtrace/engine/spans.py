@@ -13,12 +13,10 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, Status,
 from opentelemetry.util.types import AttributeValue
 
 from llmtrace.engine.clock import NS_PER_S, wall_ns
-from llmtrace.engine.facts import Facts
+from llmtrace.engine.facts import ABORTED, FAILED, Facts, Load
 from llmtrace.semconv import attributes as names
 
 _MS_PER_S = 1000.0
-ABORTED = "abort"
-FAILED = "error"
 
 Attributes = dict[str, AttributeValue]
 
@@ -161,7 +159,7 @@ def _before_admission(facts: Facts, times: _Times) -> list[Phase]:
         end = times.admitted if load.end is None else min(max(times.wall(load.end), start), times.admitted)
         if not found or start > cursor:
             found.append(Phase(names.QUEUE_SPAN, cursor, start, attributes))
-        found.append(Phase(names.KV_LOAD_SPAN, start, end, _load_attributes(facts, load.tokens, load.failed)))
+        found.append(Phase(names.KV_LOAD_SPAN, start, end, _load_attributes(facts, load)))
         cursor, attributes = end, {names.QUEUE_REASON: names.QUEUE_REASON_KV_LOADED}
     if not found or times.admitted > cursor:
         found.append(Phase(names.QUEUE_SPAN, cursor, times.admitted, attributes))
@@ -224,11 +222,15 @@ def _admission_attributes(facts: Facts) -> Attributes:
     return {name: value for name, value in pairs if value is not None}
 
 
-def _load_attributes(facts: Facts, tokens: int, failed: bool) -> Attributes:
-    attributes: Attributes = {names.KV_LOAD_TOKENS: tokens, names.KV_LOAD_FAILED: failed}
-    if facts.remote_engine_id is not None:
-        attributes[names.KV_LOAD_REMOTE_ENGINE] = facts.remote_engine_id
-    return attributes
+def _load_attributes(facts: Facts, load: Load) -> Attributes:
+    attributes: Attributes = {names.KV_LOAD_TOKENS: load.tokens, names.KV_LOAD_FAILED: load.failed}
+    pairs = (
+        (names.KV_LOAD_REMOTE_ENGINE, facts.remote_engine_id),
+        (names.KV_LOAD_BLOCKS, load.blocks),
+        (names.KV_LOAD_BYTES, load.size),
+        (names.KV_LOAD_TRANSFER_TIME, None if load.transfer is None else load.transfer * _MS_PER_S),
+    )
+    return attributes | {name: value for name, value in pairs if value is not None}
 
 
 def _prefill_attributes(facts: Facts) -> Attributes:

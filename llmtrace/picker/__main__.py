@@ -5,47 +5,23 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import re
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import uvloop
 
 from llmtrace.errors import UserError
-from llmtrace.picker.config import nearest
-from llmtrace.picker.durations import seconds
+from llmtrace.flags import Parser, duration, port
 from llmtrace.picker.server import Options, PickerServer
-from llmtrace.picker.spans import FastSpanExporter, Tracer
+from llmtrace.spans import FastSpanExporter, Tracer
 from llmtrace.telemetry import setup_tracing
 
 SERVICE_NAME = "llm-d-epp"
 SCOPE = "llmtrace.picker"
 SWITCH_INTERVAL_S = 0.0002
 DEFAULT_REFRESH = "500ms"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            message = f"unknown flag {unknown[1]}{nearest(unknown[1], flags)}"
-        raise UserError(message)
-
-
-def _duration(text: str) -> float:
-    try:
-        return seconds(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _port(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) <= 65535):
-        raise argparse.ArgumentTypeError(f"{text!r} is no port")
-    return int(text)
 
 
 def _false(text: str) -> bool:
@@ -56,18 +32,18 @@ def _false(text: str) -> bool:
 
 def options(arguments: Sequence[str]) -> Options:
     """Read the command line; raises UserError where it is wrong."""
-    parser = _Parser(prog="python -m llmtrace.picker", description=__doc__, allow_abbrev=False)
+    parser = Parser("python -m llmtrace.picker", __doc__)
     parser.add_argument("--pool-name", required=True, help="name of the inference pool, a metric label")
     parser.add_argument("--pool-namespace", default="default", help="namespace of the inference pool")
     parser.add_argument("--config-file", required=True, type=Path, help="EndpointPickerConfig file")
     parser.add_argument("--bind-address", default="127.0.0.1", help="address that all ports listen on")
-    parser.add_argument("--grpc-port", default=9002, type=_port, help="port of Envoy's external processing")
-    parser.add_argument("--grpc-health-port", default=9003, type=_port, help="port of the gRPC health service")
-    parser.add_argument("--metrics-port", default=9090, type=_port, help="port of the Prometheus metrics")
+    parser.add_argument("--grpc-port", default=9002, type=port, help="port of Envoy's external processing")
+    parser.add_argument("--grpc-health-port", default=9003, type=port, help="port of the gRPC health service")
+    parser.add_argument("--metrics-port", default=9090, type=port, help="port of the Prometheus metrics")
     parser.add_argument(
         "--refresh-metrics-interval",
-        default=_duration(DEFAULT_REFRESH),
-        type=_duration,
+        default=duration(DEFAULT_REFRESH),
+        type=duration,
         help=f"time between two scrapes of an endpoint (default {DEFAULT_REFRESH}; llm-d's EPP: 50ms)",
     )
     # TLS and authorisation are llm-d's; its own command line is accepted where it asks for neither.

@@ -6,9 +6,8 @@ name, never ignored.
 
 from __future__ import annotations
 
-import difflib
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -18,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 from pydantic_core import ErrorDetails
 
-from llmtrace.errors import UserError
+from llmtrace.errors import UserError, nearest
 from llmtrace.picker import plugins
 from llmtrace.picker.plugin import (
     REGISTRY,
@@ -295,15 +294,6 @@ class _Builder:
         if len(tokenizers) > 1:
             raise UserError(f"there are two token producers, {tokenizers[0].name!r} and {tokenizers[1].name!r}")
         return tokenizers[0] if tokenizers else None
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: the nearest known one, or all of them."""
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    if close:
-        return f"; the nearest known one is {close[0]!r}"
-    return f"; known: {', '.join(names)}" if names else "; none is known here"
 
 
 def _sentence(error: ValidationError, model: type[BaseModel], noun: str = "field") -> str:

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from time import perf_counter, time_ns
 from typing import Any
 
-from opentelemetry.trace import SpanContext, SpanKind, get_current_span
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.trace import SpanKind
 
 from llmtrace.picker.endpoints import Endpoint, Pool
 from llmtrace.picker.ext_proc import OVERWRITE, ProcessingResponse
@@ -25,8 +24,8 @@ from llmtrace.picker.metrics import Metrics, RequestSeries
 from llmtrace.picker.request import InferenceRequest, RequestError, no_endpoints, parse, too_large
 from llmtrace.picker.response import ResponseReader, Usage
 from llmtrace.picker.scheduler import Scheduler
-from llmtrace.picker.spans import Span, Tracer
 from llmtrace.semconv import attributes as a
+from llmtrace.spans import Span, Tracer, remote_parent, traceparent
 
 GATEWAY_SCOPE = "llm-d-router/pkg/epp/handlers"
 ORCHESTRATION_SCOPE = "llm-d-router/pkg/epp/requestcontrol"
@@ -38,7 +37,6 @@ REQUEST_PRIORITY = 0
 PICKERS_HEADERS = (a.PREFILLER_HEADER, a.ENCODERS_HEADER)
 """Headers by which a picker tells the decode server's sidecar where to send parts of the work."""
 
-_propagator = TraceContextTextMapPropagator()
 _log = logging.getLogger(__name__)
 
 
@@ -138,9 +136,9 @@ class Exchange:
         self._headers = headers = _headers(message.request_headers.headers.headers)
         request_id = headers.setdefault("x-request-id", str(uuid.uuid4()))
         self._hosts = _subset(message.metadata_context.filter_metadata)
-        self._span = span = self._services.gateway.start(
-            a.GATEWAY_SPAN, remote_parent(self._metadata, headers), SpanKind.SERVER
-        )
+        # Envoy's span of this stream comes in the stream's metadata; without it, the caller's in the headers.
+        parent = remote_parent(self._metadata, headers)
+        self._span = span = self._services.gateway.start(a.GATEWAY_SPAN, parent, SpanKind.SERVER)
         span.attributes[a.REQUEST_ID] = request_id
         if not message.request_headers.end_of_stream:
             return []
@@ -310,25 +308,6 @@ class Exchange:
             series.output_tokens.observe(usage.output_tokens)
             if self._streaming and usage.output_tokens > 1:
                 series.tpot.observe((ended - first) / (usage.output_tokens - 1))
-
-
-def remote_parent(metadata: Mapping[str, str], headers: Mapping[str, str]) -> SpanContext | None:
-    """The span that the request hangs under.
-
-    Envoy's own span of the ext_proc stream comes in the stream's metadata; without it, the caller's span in the
-    request's headers.
-    """
-    for carrier in (metadata, headers):
-        if "traceparent" in carrier:
-            context = get_current_span(_propagator.extract(carrier)).get_span_context()
-            if context.is_valid:
-                return context
-    return None
-
-
-def traceparent(context: SpanContext) -> str:
-    """W3C traceparent header of a span."""
-    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
 
 
 def _headers(values: Iterable[Any]) -> dict[str, str]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llmtrace.picker.endpoints import Endpoint, Pool
     from llmtrace.picker.metrics import Metrics
     from llmtrace.picker.request import InferenceRequest
-    from llmtrace.picker.spans import Attributes, Span, Tracer
+    from llmtrace.spans import Attributes, Span, Tracer
 
 PREFILL_PROFILE = "prefill"
 """Name of the profile whose endpoint has the prompt as well: llm-d's producers go by it, whatever the handler's is."""

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmtrace.picker.spans import NO_SPAN, Span
 from llmtrace.semconv import attributes as a
+from llmtrace.spans import NO_SPAN, Span
 
 BYTES_PER_TOKEN = 4
 """Where no tokenizer is at hand, llm-d takes four bytes of text for a token."""

@@ -17,8 +17,8 @@ from llmtrace.picker.endpoints import Endpoint
 from llmtrace.picker.metrics import Metrics
 from llmtrace.picker.plugin import Plugin, ProfileResult, SchedulingResult
 from llmtrace.picker.request import InferenceRequest, RequestError
-from llmtrace.picker.spans import Attributes, Span, Tracer
 from llmtrace.semconv import attributes as a
+from llmtrace.spans import Attributes, Span, Tracer
 
 SCOPE = "llm-d-router/pkg/epp/scheduling"
 PREPARE, FILTER, SCORER, PICKER = "DataProducer", "Filter", "Scorer", "Picker"

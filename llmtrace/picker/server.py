@@ -21,7 +21,7 @@ from llmtrace.picker.exchange import Exchange, Services
 from llmtrace.picker.metrics import Metrics
 from llmtrace.picker.scheduler import Scheduler
 from llmtrace.picker.scrape import Scraper
-from llmtrace.picker.spans import Tracer
+from llmtrace.spans import Tracer
 
 CANCELLATION_S = 0.02
 GRACE_S = 5.0

@@ -22,12 +22,14 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util.types import AttributeValue
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
 from llmtrace.errors import UserError
 from llmtrace.scenarios.workload import Chat, Message, Request, Workload
 from llmtrace.semconv import attributes as a
+from llmtrace.traces.model import Attributes
 
 METRICS_TIMEOUT_S = 10.0
 MOST_SAID = 240
@@ -38,13 +40,19 @@ MOST_FAILURES = 0.1
 
 @dataclass(frozen=True)
 class Settings:
-    """How requests are sent. Times in seconds."""
+    """How requests are sent. Times in seconds.
+
+    ``gateways`` and ``servers`` are base URLs by name, ``roles`` the roles of servers by name; ``arm_facts`` are
+    attributes of each arm's blocks.
+    """
 
     scenario: str
     model: str
     gateways: Mapping[str, str]
     servers: Mapping[str, str]
-    arms: tuple[str, str]
+    arms: tuple[str, ...]
+    roles: Mapping[str, str] = field(default_factory=dict)
+    arm_facts: Mapping[str, Attributes] = field(default_factory=dict)
     max_tokens: int = 8
     concurrency: int = 2
     request_timeout_s: float = 60.0
@@ -104,7 +112,7 @@ class Driver:
         return self.provider.get_tracer("llmtrace.scenarios.driver")
 
     async def run(self, workload: Workload) -> RunRecord:
-        """Warm up, then send every block through both arms; raises UserError when too many requests fail."""
+        """Warm up, then send every block through each arm; raises UserError when too many requests fail."""
         # A full collection over everything that was imported would halt the clock that measures the first token.
         gc.collect()
         gc.freeze()
@@ -147,9 +155,9 @@ class Driver:
         )
 
     async def send_one(self, arm: str, request: Request) -> str:
-        """Send one request outside of any block, and return its trace id."""
+        """Send one request outside of any block, and return its trace id; a conversation shares its cache."""
         async with self._client(arm) as client:
-            return await self._send(client, arm, request, self._salt(arm, request.pair_id), {})
+            return await self._send(client, arm, request, self._salt(arm, request.conversation), {})
 
     def _salt(self, arm: str, share: str) -> str:
         """A cache_salt of its own for each run, arm and share; vLLM refuses "/" and "@" in it."""
@@ -197,6 +205,7 @@ class Driver:
                     a.BLOCK: block,
                     a.BLOCK_REQUESTS: sum(len(chat.requests) for chat in chats),
                     a.REQUEST_MODEL: self.settings.model,
+                    **cast("dict[str, AttributeValue]", self.settings.arm_facts.get(arm, {})),
                 },
             ) as span:
                 before = await self._counters(metrics)
@@ -206,6 +215,8 @@ class Driver:
                 after = await self._counters(metrics)
                 names = list(self.settings.servers)
                 span.set_attribute(a.BLOCK_SERVERS, names)
+                if self.settings.roles:
+                    span.set_attribute(a.BLOCK_ROLES, [self.settings.roles[n] for n in names])
                 span.set_attribute(a.BLOCK_HITS, [after[n].hits - before[n].hits for n in names])
                 span.set_attribute(a.BLOCK_QUERIES, [after[n].queries - before[n].queries for n in names])
                 if sizes := [c.kv_block_size for c in after.values() if c.kv_block_size]:

@@ -34,6 +34,8 @@ class Fault(StrEnum):
     ATTRIBUTE = "attribute"
     ERROR = "error"
     TRACE_ID = "trace-id"
+    DECISION = "decision"
+    REASON = "reason"
 
 
 class Problem(BaseModel):
@@ -93,9 +95,26 @@ class Expectation:
         if unknown := named - keys:
             raise ValueError(f"an expectation refers to unknown spans: {', '.join(sorted(unknown))}")
 
-    def classify(self, span: Span) -> ExpectedSpan | None:
-        """The first expected span that this one matches."""
-        return next((e for e in self.spans if e.matches(span)), None)
+    def classify(self, trace: Trace) -> dict[int, ExpectedSpan | None]:
+        """The expected span that each span is, by its ``id()``.
+
+        Where several match, it is the one that belongs under the nearest expected span above; where that does not
+        decide, the first that no span is yet.
+        """
+        found: dict[int, ExpectedSpan | None] = {}
+        taken: set[str] = set()
+        for span in (*(s for _, s in trace.walk()), *trace.spans):  # parents first; a cycle's spans come last
+            if id(span) in found:
+                continue
+            matching = [e for e in self.spans if e.matches(span)]
+            if len(matching) > 1:
+                above = next((e for s in trace.ancestors(span) if (e := found.get(id(s)))), None)
+                matching = [e for e in matching if above is not None and above.key in e.parents] or matching
+            chosen = next((e for e in matching if e.key not in taken), matching[0] if matching else None)
+            found[id(span)] = chosen
+            if chosen is not None:
+                taken.add(chosen.key)
+        return found
 
     def component(self, span: Span) -> str:
         """The component that sent a span, by its service."""
@@ -122,7 +141,7 @@ class _Verification:
         self.expectation = expectation
         self.tolerance_ns = int(clock_tolerance_ms * 1e6)
         self.tolerance_ms = clock_tolerance_ms
-        self.classes = {id(span): expectation.classify(span) for span in trace.spans}
+        self.classes = expectation.classify(trace)
         self.distinct = tuple(trace.by_id.values())
 
     def problems(self) -> Iterator[Problem]:
@@ -143,15 +162,22 @@ class _Verification:
         hint = self.expectation.hints.get(component, "")
         return Problem(trace_id=self.trace.trace_id, fault=fault, component=component, message=message, hint=hint)
 
+    def _component(self, span: Span) -> str:
+        expected = self.classes[id(span)]
+        return expected.component if expected else self.expectation.component(span)
+
     def _found(self, key: str) -> list[Span]:
         return [s for s in self.distinct if (e := self.classes[id(s)]) is not None and e.key == key]
 
     def _presence(self, expected: ExpectedSpan) -> Iterator[Problem]:
         found = len(self._found(expected.key))
         if found == 0:
-            yield self._problem(
-                Fault.MISSING, expected.component, f"no span {expected.name!r} from {expected.component}"
-            )
+            # Below another component's span that is missing itself, nothing is known of this one.
+            above = [
+                e for e in self.expectation.spans if e.key in expected.parents and e.component != expected.component
+            ]
+            if not above or any(self._found(key) for key in expected.parents):
+                yield self._problem(Fault.MISSING, expected.component, f"no span {self._described(expected)}")
             return
         wanted = None if expected.many else 1
         if expected.count_from:
@@ -159,16 +185,27 @@ class _Verification:
             counts = [n for s in self._found(key) if isinstance(n := s.attributes.get(attribute), int)]
             wanted = sum(counts) if counts else None
         if wanted is not None and found != wanted:
-            message = f"{found} spans {expected.name!r} from {expected.component} where {wanted} must be"
+            message = f"{found} spans {self._described(expected)} where {wanted} must be"
             fault = Fault.MISSING if found < wanted else Fault.COUNT
             yield self._problem(fault, expected.component, message)
+
+    def _described(self, expected: ExpectedSpan) -> str:
+        """Name and sender; where the expectation has it in several places, also whose descendant it is."""
+        spans = self.expectation.spans
+        text, step = f"{expected.name!r} from {expected.component}", expected
+        for _ in spans:
+            if not step.parents or sum((e.name, e.service) == (step.name, step.service) for e in spans) == 1:
+                break
+            step = next(e for e in spans if e.key == step.parents[0])
+            text += f" under {step.name!r}"
+        return text
 
     def _shape(self) -> Iterator[Problem]:
         for span_id in self.trace.duplicates:
             span = self.trace.by_id[span_id]
             yield self._problem(
                 Fault.DUPLICATE,
-                self.expectation.component(span),
+                self._component(span),
                 f"span {span.name!r} ({span_id}) came more than once",
             )
         for span in self.trace.orphans:
@@ -176,16 +213,16 @@ class _Verification:
         for span in self.trace.roots:
             expected = self.classes[id(span)]
             if expected is None or expected.parents:
-                component = self.expectation.component(span)
+                component = self._component(span)
                 yield self._problem(Fault.ROOT, component, f"span {span.name!r} of {component} has no parent")
         reached = {id(span) for _, span in self.trace.walk()}
         for span in self.distinct:
             if id(span) not in reached:
-                component = self.expectation.component(span)
+                component = self._component(span)
                 yield self._problem(Fault.CYCLE, component, f"span {span.name!r} of {component} is its own ancestor")
 
     def _orphan(self, span: Span) -> Iterator[Problem]:
-        component = self.expectation.component(span)
+        component = self._component(span)
         expected = self.classes[id(span)]
         absent = [
             e for e in self.expectation.spans if expected and e.key in expected.parents and not self._found(e.key)
@@ -200,15 +237,15 @@ class _Verification:
 
     def _identity(self, span: Span) -> Iterator[Problem]:
         if span.trace_id != self.trace.trace_id:
-            component = self.expectation.component(span)
+            component = self._component(span)
             yield self._problem(Fault.TRACE_ID, component, f"span {span.name!r} belongs to trace {span.trace_id}")
         if span.status == "ERROR":
-            component = self.expectation.component(span)
+            component = self._component(span)
             text = f": {span.status_message}" if span.status_message else ""
             yield self._problem(Fault.ERROR, component, f"span {span.name!r} of {component} ended with an error{text}")
 
     def _time(self, span: Span) -> Iterator[Problem]:
-        component = self.expectation.component(span)
+        component = self._component(span)
         if span.end_ns < span.start_ns:
             yield self._problem(Fault.TIME, component, f"span {span.name!r} of {component} ends before it starts")
         parent = self.trace.parent(span)
@@ -234,12 +271,12 @@ class _Verification:
                 f"span {span.name!r} of {expected.component} lacks {', '.join(missing)}",
             )
         parent = self.trace.parent(span)
-        if parent is not None and not self._allowed(parent, expected):
+        if parent is not None and not self._allowed(parent, expected) and self._has_any(expected.parents):
             yield self._problem(
                 Fault.PARENT,
                 expected.component,
                 f"span {span.name!r} of {expected.component} hangs under {parent.name!r} of "
-                f"{self.expectation.component(parent)}, not under "
+                f"{self._component(parent)}, not under "
                 f"{' or '.join(expected.parents) or 'nothing'}",
             )
         elif span.parent_id is not None and not expected.parents:
@@ -248,6 +285,10 @@ class _Verification:
                 expected.component,
                 f"span {span.name!r} of {expected.component} must be the root",
             )
+
+    def _has_any(self, keys: tuple[str, ...]) -> bool:
+        """Whether a place is there at all; where it is not, its absence is the problem, and not who lacks it."""
+        return not keys or any(self._found(key) for key in keys)
 
     def _allowed(self, parent: Span, expected: ExpectedSpan) -> bool:
         """Whether the parent is one of the expected; helper spans of the same component may stand between."""

@@ -6,16 +6,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from llmtrace.semconv import attributes as a
-from llmtrace.traces.model import AttributeValue, Span, Trace
+from llmtrace.traces.model import Attributes, AttributeValue, Span, Trace
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """One scorer's verdict: its weight, and its unweighted score of each endpoint."""
+    """One scorer's verdict: its weight, and its unweighted score of each endpoint.
+
+    llm-d's picker tells only the ``best`` score and the ``mean``.
+    """
 
     type: str
     weight: float
     scores: dict[str, float]
+    best: float | None = None
+    mean: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,10 @@ class Served:
 
 @dataclass(frozen=True)
 class Block:
-    """One arm's share of a block, and what vLLM's own counters said about it, by server."""
+    """One arm's share of a block, and what vLLM's own counters said about it, by server.
+
+    ``roles`` are those of the servers, as far as they are told; ``attributes`` are all of the block's span.
+    """
 
     arm: str
     block: int
@@ -79,6 +87,8 @@ class Block:
     queries: dict[str, int]
     kv_block_size: int | None
     model: str
+    roles: dict[str, str] = field(default_factory=dict)
+    attributes: Attributes = field(default_factory=dict)
 
 
 def integer(value: AttributeValue) -> int | None:
@@ -127,6 +137,8 @@ def read_blocks(traces: Iterable[Trace]) -> list[Block]:
                 queries=dict(zip(servers, queries, strict=False)),
                 kv_block_size=integer(span.attributes.get(a.KV_BLOCK_SIZE)),
                 model=text(span.attributes.get(a.REQUEST_MODEL)),
+                roles=dict(zip(servers, strings(span.attributes.get(a.BLOCK_ROLES)), strict=False)),
+                attributes=span.attributes,
             )
         )
     return sorted(blocks, key=lambda b: (b.block, b.arm))
@@ -134,7 +146,7 @@ def read_blocks(traces: Iterable[Trace]) -> list[Block]:
 
 def read_requests(traces: Iterable[Trace]) -> list[Served]:
     """The measured requests of a run in order of time; warm-up requests and other traces are left out."""
-    served = [s for trace in traces if (s := _read(trace)) is not None]
+    served = [s for trace in traces if (s := read_request(trace)) is not None]
     names = {
         address: short_name(name)
         for trace in traces
@@ -145,12 +157,14 @@ def read_requests(traces: Iterable[Trace]) -> list[Served]:
     return sorted(renamed, key=lambda s: s.start_ns)
 
 
-def _read(trace: Trace) -> Served | None:
+def read_request(trace: Trace) -> Served | None:
+    """The request of one trace; None where it is not a measured request's."""
     client = next((s for s in trace.spans if s.service == a.CLIENT_SERVICE and text(s.attributes.get(a.PAIR_ID))), None)
     if client is None or client.attributes.get(a.WARMUP):
         return None
     gateway = next(iter(trace.named(a.GATEWAY_SPAN)), None)
-    server = next((s for s in trace.named(a.SERVER_SPAN) if s.service != a.CLIENT_SERVICE), None)
+    # Of several model servers the last one gave the answer; one before it prefilled.
+    server = next((s for s in reversed(trace.named(a.SERVER_SPAN)) if s.service != a.CLIENT_SERVICE), None)
     latency = number(server.attributes.get(a.VLLM_TTFT)) if server else None
     of_client, of_gateway = client.attributes, gateway.attributes if gateway else {}
     return Served(
@@ -198,7 +212,8 @@ def _decision(trace: Trace) -> Decision | None:
         return None
     scorers, match, estimate = [], None, None
     for span in trace.spans:
-        if not span.name.startswith(a.SCORER_SPAN_PREFIX):
+        # Where requests are split, another profile with scorers of its own follows.
+        if not span.name.startswith(a.SCORER_SPAN_PREFIX) or not _within(trace, span, profile):
             continue
         endpoints = [short_name(e) for e in strings(span.attributes.get(a.SCORER_ENDPOINTS))]
         scores = [number(v) or 0.0 for v in items(span.attributes.get(a.SCORER_SCORES))]
@@ -208,12 +223,18 @@ def _decision(trace: Trace) -> Decision | None:
                 type=text(span.attributes.get(a.SCORER_TYPE)) or span.name.removeprefix(a.SCORER_SPAN_PREFIX),
                 weight=1.0 if weight is None else weight,
                 scores=dict(zip(endpoints, scores, strict=False)),
+                best=number(span.attributes.get(a.SCORER_MAX)),
+                mean=number(span.attributes.get(a.SCORER_AVG)),
             )
         )
         if tokens := items(span.attributes.get(a.MATCH_TOKENS)):
             match = dict(zip(endpoints, (integer(t) or 0 for t in tokens), strict=False))
             estimate = integer(span.attributes.get(a.ESTIMATED_PROMPT_TOKENS))
     return Decision(profile.start_ns, tuple(scorers), _totals(trace, scorers), match, estimate)
+
+
+def _within(trace: Trace, span: Span, ancestor: Span) -> bool:
+    return any(above is ancestor for above in trace.ancestors(span))
 
 
 def _totals(trace: Trace, scorers: Sequence[Scorer]) -> dict[str, float]:

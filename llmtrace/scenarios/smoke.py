@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from pydantic import BaseModel, ConfigDict
 
 from llmtrace.errors import UserError
 from llmtrace.scenarios.driver import Driver
-from llmtrace.scenarios.expectation import CLOCK_TOLERANCE_MS, Expectation, Fault, Problem, verify_trace
+from llmtrace.scenarios.expectation import CLOCK_TOLERANCE_MS, Fault, Problem, verify_trace
 from llmtrace.scenarios.runs import wait_for
-from llmtrace.scenarios.workload import Request, Workload
+from llmtrace.scenarios.scenario import AnswerT, Scenario
+from llmtrace.scenarios.workload import Request
+from llmtrace.stack import Stack
 from llmtrace.traces.model import Trace
 from llmtrace.traces.tempo import TempoClient
-
-PER_ARM = 2
 
 
 class VerifiedTrace(BaseModel):
@@ -38,17 +36,11 @@ class Verification(BaseModel):
     traces: list[VerifiedTrace]
 
 
-def smoke_requests() -> list[Request]:
-    """The first turns of a small workload, one block apart from any measured run."""
-    chats = Workload(blocks=1, conversations=1, turns=1).chats(0)
-    return [replace(chat.requests[0], pair_id=f"verify-{n}") for n, chat in enumerate(chats[:PER_ARM])]
-
-
-async def send_smoke_requests(driver: Driver) -> dict[str, str]:
-    """Send the requests by each arm; returns the arm by trace id."""
+async def send_smoke_requests(driver: Driver, requests: list[Request]) -> dict[str, str]:
+    """Send the requests by each arm, one after the other; returns the arm by trace id."""
     sent = {}
     for arm in driver.settings.arms:
-        for request in smoke_requests():
+        for request in requests:
             sent[await driver.send_one(arm, request)] = arm
     if not sent:
         raise UserError("the stack has no gateway to send requests to; run `llmtrace up`")
@@ -58,28 +50,33 @@ async def send_smoke_requests(driver: Driver) -> dict[str, str]:
 def verify(
     store: TempoClient,
     sent: dict[str, str],
-    scenario: str,
-    expectation: Expectation,
+    scenario: Scenario[AnswerT],
+    stack: Stack,
     *,
     timeout_s: float,
     clock_tolerance_ms: float = CLOCK_TOLERANCE_MS,
     failed_requests: list[str] | None = None,
 ) -> Verification:
-    """Wait until every trace is right, or ``timeout_s`` is over, and say what is wrong with each then."""
+    """Wait until every trace is right, or ``timeout_s`` is over, and say what is wrong with each then.
+
+    ``sent`` is the arm of each request by its trace id; ``stack`` is where they were sent.
+    """
 
     def problems(trace: Trace) -> list[Problem]:
-        return verify_trace(trace, expectation, clock_tolerance_ms=clock_tolerance_ms)
+        expected = scenario.expectation(trace)
+        differ = verify_trace(trace, expected, clock_tolerance_ms=clock_tolerance_ms)
+        return differ + scenario.further(trace, sent[trace.trace_id], stack)
 
     seen = wait_for(store, [each for each in sent if int(each, 16)], lambda trace: not problems(trace), timeout_s)
     checked = []
     for trace_id, arm in sent.items():
         if not int(trace_id, 16):
-            checked.append(VerifiedTrace(trace_id=trace_id, arm=arm, spans=0, problems=[_untraced(expectation)]))
+            checked.append(VerifiedTrace(trace_id=trace_id, arm=arm, spans=0, problems=[_untraced(scenario)]))
             continue
         trace = seen[trace_id] or Trace(trace_id, ())
         checked.append(VerifiedTrace(trace_id=trace_id, arm=arm, spans=len(trace.spans), problems=problems(trace)))
     return Verification(
-        scenario=scenario,
+        scenario=scenario.name,
         clock_tolerance_ms=clock_tolerance_ms,
         ok=not any(t.problems for t in checked) and not failed_requests,
         failed_requests=failed_requests or [],
@@ -87,12 +84,12 @@ def verify(
     )
 
 
-def _untraced(expectation: Expectation) -> Problem:
+def _untraced(scenario: Scenario[AnswerT]) -> Problem:
     """The client made no span at all, and so named no trace."""
     return Problem(
         trace_id="",
         fault=Fault.MISSING,
         component="client",
         message="the client's tracing is off: it sent its request without a trace",
-        hint=expectation.hints.get("client", ""),
+        hint=scenario.expectation(Trace("", ())).hints.get("client", ""),
     )

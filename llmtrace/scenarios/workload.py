@@ -1,19 +1,18 @@
-"""The requests of the prefix-cache scenario: tenants with a long shared context each, multi-turn chats."""
+"""What the scenarios' workloads are made of: tenants and their texts, requests, chats, blocks."""
 
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import ClassVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict
 
 from llmtrace.errors import UserError
-
-MOST_REQUESTS = 2000
-"""Requests of an arm: with both arms, no more traces than a search gives."""
 
 Message = dict[str, str]
 """A chat message: role and content."""
@@ -48,7 +47,7 @@ def tenants() -> dict[str, Tenant]:
 
 @dataclass(frozen=True)
 class Request:
-    """One request, the same in both arms."""
+    """One request, the same in every arm."""
 
     pair_id: str
     block: int
@@ -66,8 +65,8 @@ class Chat:
 
 
 @dataclass(frozen=True)
-class Workload:
-    """Sizes of the workload.
+class Workload(ABC):
+    """Sizes of a workload.
 
     ``conversations`` is the number of conversations of each tenant in a block. Everything follows from
     ``seed``.
@@ -78,8 +77,13 @@ class Workload:
     turns: int = 2
     seed: int = 1
 
+    most_requests: ClassVar[int] = 2000
+    """Requests of an arm: with all arms, no more traces than a search gives."""
+    most_turns: ClassVar[int | None] = None
+    """None: as many as a tenant has questions."""
+
     def __post_init__(self) -> None:
-        longest = min(len(t.questions) for t in tenants().values())
+        longest = self.most_turns or min(len(t.questions) for t in tenants().values())
         for name, value, most in (
             ("blocks", self.blocks, 50),
             ("conversations", self.conversations, 20),
@@ -87,39 +91,25 @@ class Workload:
         ):
             if not 1 <= value <= most:
                 raise UserError(f"{name} is {value}; give a number from 1 to {most}")
-        if self.size > MOST_REQUESTS:
+        if self.size > self.most_requests:
             raise UserError(
-                f"the workload has {self.size} requests for each arm; make it smaller, the answer reads {MOST_REQUESTS}"
+                f"the workload has {self.size} requests for each arm; make it smaller, the answer reads "
+                f"{self.most_requests}"
             )
 
     @property
+    @abstractmethod
     def size(self) -> int:
         """Requests in one arm."""
-        return self.blocks * self.conversations * self.turns * len(tenants())
 
+    @abstractmethod
     def chats(self, block: int) -> list[Chat]:
         """The chats of a block, in the order in which they are started."""
-        rng = random.Random(f"{self.seed}/{block}")
-        chats = [
-            self._chat(block, name, tenant, number, rng)
-            for number in range(self.conversations)
-            for name, tenant in tenants().items()
-        ]
-        rng.shuffle(chats)
-        return chats
 
-    def _chat(self, block: int, name: str, tenant: Tenant, number: int, rng: random.Random) -> Chat:
-        script = rng.sample(tenant.questions, self.turns)
-        conversation = f"{name}-{block}-{number}"
-        messages: tuple[Message, ...] = ({"role": "system", "content": tenant.handbook},)
-        requests = []
-        for turn, question in enumerate(script):
-            messages += ({"role": "user", "content": question.ask},)
-            requests.append(Request(f"{conversation}-{turn}", block, name, conversation, turn, messages))
-            messages += ({"role": "assistant", "content": question.answer},)
-        return Chat(tuple(requests))
+    def arm_order(self, block: int, arms: tuple[str, ...]) -> tuple[str, ...]:
+        """Order of the arms within a block: turned by one from block to block, the first one drawn from the seed.
 
-    def arm_order(self, block: int, arms: tuple[str, str]) -> tuple[str, str]:
-        """Order of the arms within a block: ABBA from block to block, the first one drawn from the seed."""
-        first = random.Random(self.seed).randrange(2)
-        return arms if (block + first) % 2 == 0 else (arms[1], arms[0])
+        So each arm comes first, second and so on equally often.
+        """
+        first = (block + random.Random(self.seed).randrange(len(arms))) % len(arms)
+        return arms[first:] + arms[:first]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from llmtrace.semconv.definitions import AttributeDefinition, EventDefinition, Registry, SpanDefinition, registry
+from llmtrace.semconv.format import SCALARS, has_type
 from llmtrace.traces.model import Attributes, AttributeValue, Span, Trace
 
 MOST_SHOWN = 40
@@ -111,7 +112,7 @@ def _attributes(
         definition = known.get(name)
         if definition is None:
             yield Fault.ATTRIBUTE, f"{where}{name}"
-        elif not _has_type(value, definition.type):
+        elif not has_type(value, definition.type):
             yield Fault.TYPE, f"{where}{name}: {_type_of(value)} where {definition.type} is declared"
         elif definition.members and value not in definition.members:
             allowed = " or ".join(map(str, definition.members))
@@ -164,24 +165,12 @@ def _links(span: Span, definition: SpanDefinition, trace: Trace, declared: Regis
             yield f"it links to {target.name!r}, not to {' or '.join(declared.spans[i].name for i in definition.links)}"
 
 
-_TYPES: dict[str, type[object]] = {"string": str, "int": int, "double": float, "boolean": bool}
-
-
-def _has_type(value: AttributeValue, declared: str) -> bool:
-    """Whether the value is of the type that the attribute is declared with, strictly."""
-    if declared == "any":
-        return True
-    if declared.endswith("[]"):
-        return isinstance(value, list | tuple) and all(_has_type(v, declared.removesuffix("[]")) for v in value)
-    return type(value) is _TYPES[declared]
-
-
 def _type_of(value: AttributeValue) -> str:
     """The name of a value's type as the registry would have it."""
     if isinstance(value, list | tuple):
         kinds = sorted({_type_of(v) for v in value})
         return f"{kinds[0]}[]" if len(kinds) == 1 else f"a list of {' and '.join(kinds) or 'nothing'}"
-    return next((name for name, type_ in _TYPES.items() if type(value) is type_), type(value).__name__)
+    return next((name for name in SCALARS if has_type(value, name)), type(value).__name__)
 
 
 def _shown(value: AttributeValue) -> str:

@@ -7,7 +7,7 @@ see the models of :mod:`llmtrace.semconv.format`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
@@ -79,7 +79,7 @@ class SpanDefinition:
 
     ``parents`` are ids of the spans under which it may hang; none makes it a root. With ``remote_parent`` it may also
     hang under a caller's span that nobody recorded, or have no parent. ``links`` are ids of the spans to which it may
-    link. ``scenarios`` says for which scenarios a trace must have it.
+    link. ``scenarios`` says for which scenarios a trace must have it, once or in several places.
     """
 
     id: str
@@ -94,7 +94,7 @@ class SpanDefinition:
     parents: tuple[str, ...] = ()
     remote_parent: bool = False
     links: tuple[str, ...] = ()
-    scenarios: Mapping[str, ScenarioNotes] = field(default_factory=dict)
+    scenarios: Mapping[str, Sequence[ScenarioNotes]] = field(default_factory=dict)
 
     @property
     def is_root(self) -> bool:
@@ -144,7 +144,7 @@ class Registry:
 
     def required(self, scenario: str) -> list[tuple[SpanDefinition, ScenarioNotes]]:
         """The spans that a trace of the scenario must have."""
-        return [(d, d.scenarios[scenario]) for d in self.spans.values() if scenario in d.scenarios]
+        return [(d, told) for d in self.spans.values() for told in d.scenarios.get(scenario, ())]
 
 
 @lru_cache(maxsize=1)
@@ -177,7 +177,19 @@ class _Loader:
         spans = {d.id: self._related(d, spans) for d in spans.values()}
         metrics = {g.id: self._metric(file, g) for file, g in self._typed("metric")}
         emitters = tuple(self.emitters.values())
+        self._check()
         return Registry(self.attributes, spans, self.events, metrics, emitters, constants(self.groups))
+
+    def _check(self) -> None:
+        """What only Weaver would look at otherwise: groups that no signal uses, and names that are there twice."""
+        named: dict[tuple[str, str], str] = {}
+        for file, group in self.groups:
+            self._attributes(file, group)
+            name = group.metric_name if group.type == "metric" else group.name
+            if group.type in ("metric", "event", "entity") and name:
+                if (group.type, name) in named:
+                    raise fault(file, group.id, f"the {group.type} {name} is already {named[group.type, name]}")
+                named[group.type, name] = group.id
 
     def _typed(self, type_: str) -> Iterator[tuple[str, Group]]:
         return ((file, g) for file, g in self.groups if g.type == type_)
@@ -282,10 +294,12 @@ class _Loader:
                 ids |= dict.fromkeys(found)
             return tuple(ids)
 
-        for scenario, told in span.scenarios.items():
-            keys = {d.scenarios[scenario].key: d for d in spans.values() if scenario in d.scenarios}
+        for scenario, told in ((name, one) for name, listed in span.scenarios.items() for one in listed):
+            keys = {one.key: d for d in spans.values() for one in d.scenarios.get(scenario, ())}
             if unknown := [a for a in told.attributes if a not in span.attributes]:
                 raise fault(span.file, span.id, f"{scenario} requires {unknown[0]}, which the span does not have")
+            if unknown := [key for key in told.under if key not in keys]:
+                raise fault(span.file, span.id, f"{scenario} has it under {unknown[0]}, which nothing declares")
             if told.count is not None:
                 counted = keys.get(told.count.span)
                 if counted is None or told.count.attribute not in counted.attributes:

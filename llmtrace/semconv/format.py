@@ -1,7 +1,7 @@
 """The file format of the registry: Weaver's groups, and the kit's annotations in them.
 
 Source: open-telemetry/weaver, schemas/semconv-syntax.md (the ``groups`` format) and the checks of
-crates/weaver_semconv/src/group.rs.
+crates/weaver_semconv/src/group.rs. What is read here Weaver 0.25 reads too; what the kit has no use for is refused.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llmtrace.errors import UserError
 
-MANIFEST = "registry_manifest.yaml"
+MANIFEST = "manifest.yaml"
 KEY = "llmtrace"
 """The key of the kit's annotations."""
 
@@ -24,6 +24,18 @@ Stability = Literal["stable", "development", "alpha", "beta", "release_candidate
 SimpleType = Literal[
     "string", "int", "double", "boolean", "any", "string[]", "int[]", "double[]", "boolean[]"
 ]  # Weaver's template types have no use here.
+
+
+SCALARS: dict[str, type[object]] = {"string": str, "int": int, "double": float, "boolean": bool}
+
+
+def has_type(value: object, declared: str) -> bool:
+    """Whether a value is of a type of the format, strictly: 1 is no double."""
+    if declared == "any":
+        return True
+    if declared.endswith("[]"):
+        return isinstance(value, list | tuple) and all(has_type(v, declared.removesuffix("[]")) for v in value)
+    return type(value) is SCALARS[declared]
 
 
 class Strict(BaseModel):
@@ -70,6 +82,12 @@ class Deprecated(Strict):
     renamed_to: str | None = None
     note: str = ""
 
+    @model_validator(mode="after")
+    def _renamed(self) -> Self:
+        if self.reason == "renamed" and self.renamed_to is None:
+            raise ValueError("say in renamed_to what the new name is")
+        return self
+
 
 class AttributeEntry(Strict):
     """An attribute of a group: its declaration (``id``) or a reference to it (``ref``)."""
@@ -97,6 +115,8 @@ class AttributeEntry(Strict):
                 raise ValueError(f"attribute {name} needs a type, a brief and a stability")
             if self.type in ("string", "string[]") and self.examples is None:
                 raise ValueError(f"attribute {name} needs examples")
+            if isinstance(self.type, str) and not all(has_type(e, self.type) for e in self.example_values()):
+                raise ValueError(f"every example of attribute {name} must be of type {self.type}")
         elif self.type is not None or self.stability is not None:
             raise ValueError(f"the reference to {name} must not change its type or stability")
         return self
@@ -109,15 +129,10 @@ class AttributeEntry(Strict):
         return str(self.type), ()
 
     def example_values(self) -> tuple[Example, ...]:
-        """The examples, each of the attribute's type: for arrays, a flat list is one example."""
+        """The examples, each of the attribute's type."""
         if self.examples is None:
             return ()
-        if not isinstance(self.examples, list):
-            return (self.examples,)
-        is_array = isinstance(self.type, str) and self.type.endswith("[]")
-        if is_array and not any(isinstance(e, list) for e in self.examples):
-            return (self.examples,)  # type: ignore[return-value]
-        return tuple(self.examples)
+        return tuple(self.examples) if isinstance(self.examples, list) else (self.examples,)
 
     def requirement(self) -> tuple[str, str]:
         """The requirement level and its condition."""
@@ -230,7 +245,8 @@ class ScenarioNotes(Strict):
     """What a scenario's smoke test asks of a span that it requires.
 
     ``key`` names it within the scenario; ``name`` is a pattern that replaces the span's own; ``attributes`` must be
-    there; ``many`` allows several.
+    there; ``many`` allows several. ``under`` are keys that replace the span's own parents; a span may be required
+    several times, each time under another. ``forms`` are the forms of a trace in which it must be there; none is all.
     """
 
     key: str
@@ -239,6 +255,8 @@ class ScenarioNotes(Strict):
     many: bool = False
     may_end_late: bool = False
     count: CountNotes | None = None
+    under: list[str] = Field(default_factory=list)
+    forms: list[str] = Field(default_factory=list)
 
 
 class SpanNotes(SignalNotes):
@@ -248,7 +266,14 @@ class SpanNotes(SignalNotes):
     parents: list[str] = Field(default_factory=list)
     remote_parent: bool = False
     links: list[str] = Field(default_factory=list)
-    scenarios: dict[str, ScenarioNotes] = Field(default_factory=dict)
+    scenarios: dict[str, list[ScenarioNotes]] = Field(default_factory=dict)
+
+    @field_validator("scenarios", mode="before")
+    @classmethod
+    def _listed(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: told if isinstance(told, list) else [told] for name, told in given.items()}
 
 
 NotesT = TypeVar("NotesT", bound=Strict)

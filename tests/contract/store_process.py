@@ -1,6 +1,5 @@
 """A store of its own for a test, in this process or in another."""
 
-import socket
 import subprocess
 import sys
 import time
@@ -28,13 +27,6 @@ def a_span(trace_id: str = A, number: int = 1, **changes: object) -> Span:
         "resource": {"service.name": "gateway"},
     }
     return Span(**(plain | changes))  # type: ignore[arg-type]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def command(*arguments: str) -> list[str]:

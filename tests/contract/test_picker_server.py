@@ -11,8 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,12 +23,7 @@ import httpx
 import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
-    TraceServiceServicer,
-    add_TraceServiceServicer_to_server,
-)
-from prometheus_client.parser import text_string_to_metric_families
+from loopback import WAIT_S, Receiver, free_port, receiving, sample_sum, until
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from picking import (
@@ -43,11 +37,8 @@ from picking import (
     response_body,
     response_headers,
 )
-from store_process import free_port
 
 from llmtrace.picker.ext_proc import METHOD, SERVICE, ProcessingRequest, ProcessingResponse
-from llmtrace.traces import otlp
-from llmtrace.traces.model import Span
 
 DESTINATION = "x-gateway-destination-endpoint"
 PREFILLER = "x-prefiller-host-port"
@@ -80,19 +71,10 @@ vllm:kv_cache_usage_perc{engine="0",model_name="smol"} 0.25
 vllm:cache_config_info{block_size="16",num_gpu_blocks="728",engine="0"} 1.0
 """
 CHANNEL = (("grpc.enable_http_proxy", 0),)
-WAIT_S = 10.0
 PROMPT_S = 1.0
 """An answer that takes longer than this has waited for something."""
 EXIT_S = 15.0
 """The process supervisor kills after this time."""
-
-
-def until(condition: Callable[[], Any], what: str, timeout_s: float = WAIT_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"waited {timeout_s} s for {what}")
-        time.sleep(0.02)
 
 
 class ModelServer:
@@ -143,48 +125,6 @@ def model_servers(number: int = 2, page: str = PAGE) -> Iterator[list[ModelServe
     finally:
         for server in servers:
             server.close()
-
-
-class Receiver(TraceServiceServicer):
-    """An OTLP receiver that keeps the spans."""
-
-    def __init__(self) -> None:
-        self._spans: list[Span] = []
-        self._changed = threading.Condition()
-        self._server = grpc.server(ThreadPoolExecutor(2))
-        add_TraceServiceServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
-        self.port: int = self._server.add_insecure_port("127.0.0.1:0")
-        self._server.start()
-
-    def Export(self, request: Any, _: Any) -> Any:
-        with self._changed:
-            self._spans += otlp.spans(request.resource_spans)
-            self._changed.notify_all()
-        return ExportTraceServiceResponse()
-
-    def of(self, trace_id: str) -> list[Span]:
-        with self._changed:
-            return [span for span in self._spans if span.trace_id == trace_id]
-
-    def wait(self, trace_id: str, number: int) -> list[Span]:
-        """The spans of a trace, once there are ``number``."""
-        with self._changed:
-            self._changed.wait_for(
-                lambda: len([span for span in self._spans if span.trace_id == trace_id]) >= number, WAIT_S
-            )
-        return self.of(trace_id)
-
-    def close(self) -> None:
-        self._server.stop(None).wait()
-
-
-@contextmanager
-def receiving() -> Iterator[Receiver]:
-    receiver = Receiver()
-    try:
-        yield receiver
-    finally:
-        receiver.close()
 
 
 def write_endpoints(path: Path, servers: list[ModelServer]) -> None:
@@ -254,12 +194,7 @@ class Running:
 
     def value(self, name: str, /, **labels: str) -> float:
         """Sum of a metric's samples that have these labels."""
-        return sum(
-            sample.value
-            for family in text_string_to_metric_families(self.metrics())
-            for sample in family.samples
-            if sample.name == name and labels.items() <= sample.labels.items()
-        )
+        return sample_sum(self.metrics(), name, **labels)
 
     def stop(self) -> None:
         if self.process.poll() is None:
@@ -280,7 +215,7 @@ def running(
 
 
 def exporting_to(receiver: Receiver) -> dict[str, str]:
-    return {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{receiver.port}"}
+    return {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url}
 
 
 @pytest.fixture(scope="module")

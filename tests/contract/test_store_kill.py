@@ -5,7 +5,8 @@ import time
 from pathlib import Path
 
 import httpx
-from store_process import a_span, command, free_port, start
+from loopback import free_port
+from store_process import a_span, command, start
 
 from llmtrace.traces.otlp import encode
 from llmtrace.traces.tempo import TempoClient

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from loopback import free_port
 from opentelemetry.proto.trace.v1.trace_pb2 import TracesData
 from starlette.testclient import TestClient
-from store_process import NOW_S, A, B, a_span, free_port, start
+from store_process import NOW_S, A, B, a_span, start
 
 from llmtrace.traces.model import Trace
 from llmtrace.traces.otlp import encode

@@ -9,12 +9,13 @@ import pytest
 from commands import llmtrace
 
 from llmtrace.cli_conformance import SETTLE_S
+from llmtrace.stack import Stack
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
 
 def test_every_trace_is_as_the_registry_declares_it() -> None:
-    sent = llmtrace("verify", "prefix-cache", "--json")
+    sent = llmtrace("verify", Stack.load().scenario, "--json")
     assert sent.returncode == 0, sent.stdout + sent.stderr
     time.sleep(SETTLE_S + 1)
     done = llmtrace("conformance", "--since", "6d", "--limit", "10000", "--json")

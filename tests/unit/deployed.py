@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -24,15 +22,6 @@ def program(pattern: str) -> Path:
     if not found:
         pytest.skip(f"needs {CACHE / pattern}, which `llmtrace up` installs")
     return found[-1]
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports on 127.0.0.1 that nobody uses."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for sock in sockets:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in sockets]
 
 
 def render(state_home: Path, variables: Mapping[str, object]) -> Path:

@@ -119,6 +119,7 @@ class Scheduler:
         self.connector: Any = None
         self.block_size = 128
         self.finished_recving_kv_req_ids: set[str] = set()
+        self.failed_recving_kv_req_ids: set[str] = set()
         self.counts = (0, 0)
         self.steps: deque[Step] = deque()
         self.messages: dict[int, Outputs] = {}

@@ -111,7 +111,7 @@ def request_trace(
         {}
         if upstream
         else {
-            "llmtrace.endpoint": f"127.0.0.1:1810{SERVERS.index(endpoint)}",
+            "llmtrace.endpoint.address": f"127.0.0.1:1810{SERVERS.index(endpoint)}",
             "llmtrace.endpoint.name": f"default/{endpoint}",
             "llmtrace.gateway.ttft_ms": ttft_ms - 3,
             **usage,
@@ -180,6 +180,26 @@ def request_trace(
     spans.append(make(11, 5, "pick_endpoints", epp, 3.1, 3.2, **pick, **about))
     parent = 2 if upstream else 3
     spans.append(make(12, parent, "llm_request", "vllm", 5, end - 4, kind="SERVER", instance=endpoint, **server))
+    common = {"gen_ai.request.id": "chatcmpl-r-1", "llmtrace.engine.id": "e0", "llmtrace.engine.dp_rank": 0}
+    phases: tuple[tuple[str, float, float, dict[str, object]], ...] = (
+        ("queue", 6, 7, {"llmtrace.queue.reason": "admission"}),
+        (
+            "prefill",
+            7,
+            ttft_ms - 1,
+            {
+                "gen_ai.usage.input_tokens": prompt,
+                "gen_ai.usage.cache_read.input_tokens": cached,
+                "llmtrace.prefill.chunks": 1,
+                "llmtrace.prefill.computed_tokens": prompt - cached,
+                "llmtrace.prefill.local_cached_tokens": cached,
+                "llmtrace.prefill.external_cached_tokens": 0,
+            },
+        ),
+        ("decode", ttft_ms - 1, end - 8, {"gen_ai.usage.output_tokens": 8}),
+    )
+    for n, (name, start, stop, told) in enumerate(phases, 13):
+        spans.append(make(n, 12, name, "vllm", start, stop, instance=endpoint, **common, **told))
     return Trace(trace_id, tuple(spans))
 
 

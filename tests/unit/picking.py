@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+from memory import Memory
+from opentelemetry.sdk.trace import TracerProvider
 
 from llmtrace.picker import config
 from llmtrace.picker.endpoints import Endpoint, Load, Pool
@@ -18,8 +19,7 @@ from llmtrace.picker.exchange import Exchange, Services
 from llmtrace.picker.ext_proc import ProcessingRequest
 from llmtrace.picker.metrics import Metrics
 from llmtrace.picker.scheduler import Scheduler
-from llmtrace.picker.spans import Tracer, otlp_request
-from llmtrace.traces import otlp
+from llmtrace.spans import Tracer
 from llmtrace.traces.model import Span
 
 PREFIX_AWARE: dict[str, Any] = {
@@ -107,20 +107,6 @@ class Handle:
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.pool)
-
-
-class Memory(SpanProcessor):
-    """Keeps ended spans."""
-
-    def __init__(self) -> None:
-        self.ended: list[Any] = []
-
-    def on_end(self, span: Any) -> None:
-        self.ended.append(span)
-
-    def spans(self) -> list[Span]:
-        """The spans as a backend sees them."""
-        return list(otlp.spans(otlp_request(self.ended).resource_spans))
 
 
 class PromptExchange(Exchange):

@@ -93,7 +93,7 @@ def test_outside_a_checkout_the_error_says_what_to_do(monkeypatch: pytest.Monkey
 def test_the_source_digests_follow_the_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for folder in ("picker", "sidecar", "traces", "engine", "semconv"):
         (tmp_path / folder).mkdir()
-    for name in ("__init__.py", "errors.py", "telemetry.py", "semconv/attributes.py"):
+    for name in ("__init__.py", *source.COMMON):
         (tmp_path / name).touch()
     monkeypatch.setattr(source, "PACKAGE", tmp_path)
     before = source.digests()

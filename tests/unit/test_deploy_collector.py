@@ -13,7 +13,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from deployed import free_ports, program
+from deployed import program
+from loopback import free_ports
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span

@@ -9,6 +9,7 @@ import pytest
 from llmtrace.deploy import playbook
 from llmtrace.deploy.topology import SCENARIOS, ModelServer, model_servers
 from llmtrace.errors import UserError
+from llmtrace.scenarios import catalogue
 
 VARIABLES: dict[str, Any] = {
     "scenario": "pd-disaggregation",
@@ -52,6 +53,10 @@ def test_what_cannot_be_is_said_in_a_sentence(changes: dict[str, Any], words: li
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_every_scenario_can_be_stood_up() -> None:
+    assert list(SCENARIOS) == list(catalogue.SCENARIOS)
 
 
 def test_the_default_inventory_describes_every_scenario() -> None:

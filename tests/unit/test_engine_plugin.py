@@ -28,7 +28,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from llmtrace.engine import collector, compat, drops, frontend, plugin
+from llmtrace.engine import collector, compat, drops, frontend, loads, plugin
 from llmtrace.engine.facts import FACTS_HEADER, MAX_CHUNKS
 from llmtrace.engine.frontend import Frontend, external_id
 from llmtrace.engine.hooks import Guard, wrap
@@ -160,7 +160,7 @@ def make_world(monkeypatch: pytest.MonkeyPatch, fake_vllm: None) -> Callable[...
     def make(*args: Any, **kwargs: Any) -> World:
         world = World(*args, **kwargs)
         monkeypatch.setattr(trace, "get_tracer_provider", lambda: world.provider)
-        for module in (collector, plugin):
+        for module in (collector, loads, plugin):
             monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: world.now))
         return world
 
@@ -236,6 +236,23 @@ def test_vllms_sampler_is_obeyed(make_world: Callable[..., World]) -> None:
     world = make_world(ALWAYS_OFF)
     finish_normally(world, world.add(Request("r")))
     assert world.spans() == []
+
+
+def test_children_end_with_vllms_span(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends a little before the plugin sees it."""
+
+    def do_tracing(_self: Processor, output: Output, _state: Any, _stats: Any) -> None:
+        context = TraceContextTextMapPropagator().extract(output.trace_headers or {})
+        trace.get_tracer("vllm").start_span("llm_request", context, kind=SpanKind.SERVER, start_time=1).end(5)
+
+    wrapped = type(world.processor)
+    monkeypatch.setattr(wrapped, "do_tracing", do_tracing)
+    before, after = world.plugin.bodies()["do_tracing"]
+    wrap(wrapped, "do_tracing", world.guard, before, after)
+    finish_normally(world, world.add(Request("r")))
+    spans = world.spans()
+    assert len(spans) == 4
+    assert {span.end_time for span in spans} == {5}
 
 
 def test_children_of_n_and_prompt_lists_stay_with_their_own_request(world: World) -> None:
@@ -472,7 +489,7 @@ def test_fault_in_the_engine_core_switches_off_and_the_request_goes_on(
     check_fault(make_world(), caplog)
 
 
-@pytest.mark.parametrize("place", ["tracing", "traced", "receive"])
+@pytest.mark.parametrize("place", ["tracing", "traced", "receive", "_watch._seen"])
 def test_fault_in_the_api_server_switches_off_and_the_request_goes_on(
     make_world: Callable[..., World],
     monkeypatch: pytest.MonkeyPatch,
@@ -482,8 +499,23 @@ def test_fault_in_the_api_server_switches_off_and_the_request_goes_on(
     def fail(*_args: Any) -> None:
         raise RuntimeError("the prompt was: secret")
 
-    monkeypatch.setattr(Frontend, place, fail)
+    if place == "_watch._seen":
+        monkeypatch.setattr(frontend.RequestSpanWatch, "_seen", fail)
+    else:
+        monkeypatch.setattr(Frontend, place, fail)
     check_fault(make_world(), caplog)
+
+
+def test_off_in_the_middle_of_a_request_touches_no_later_span(
+    make_world: Callable[..., World], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another thread may switch the plugin off while this one waits for llm_request."""
+    world = make_world()
+    world.frontend.tracing(world.out(Request("r")), SimpleNamespace(num_cached_tokens=1))
+    world.guard.run("elsewhere", lambda: 1 / 0)
+    finish_normally(world, world.add(Request("later")))
+    (span,) = world.spans()
+    assert attributes(span) == {}
 
 
 def test_fault_while_making_spans(

@@ -88,7 +88,8 @@ def test_plain_request() -> None:
 
 
 def test_waiting_for_remote_kv_is_not_queueing() -> None:
-    found = phases(facts(loads=[Load(10.02, 10.06, 256)], remote_engine_id="prefiller"), "r")
+    load = Load(10.02, 10.06, 256, blocks=8, size=131072, transfer=0.0131)
+    found = phases(facts(loads=[load], remote_engine_id="prefiller"), "r")
     assert [ms(phase) for phase in found[:4]] == [
         ("queue", 0, 20),
         ("kv_load", 20, 40),
@@ -102,6 +103,14 @@ def test_waiting_for_remote_kv_is_not_queueing() -> None:
     assert found[1].attributes[names.KV_LOAD_TOKENS] == 256
     assert found[1].attributes[names.KV_LOAD_REMOTE_ENGINE] == "prefiller"
     assert found[1].attributes[names.KV_LOAD_FAILED] is False
+    assert found[1].attributes[names.KV_LOAD_BLOCKS] == 8
+    assert found[1].attributes[names.KV_LOAD_BYTES] == 131072
+    assert found[1].attributes[names.KV_LOAD_TRANSFER_TIME] == pytest.approx(13.1)
+
+
+def test_what_is_not_known_of_a_load_is_left_out() -> None:
+    load = phases(facts(loads=[Load(10.02, 10.06, 256)]), "r")[1]
+    assert {name for name in load.attributes if "kv_load" in name} == {names.KV_LOAD_TOKENS, names.KV_LOAD_FAILED}
 
 
 def test_load_that_never_ended() -> None:
@@ -150,14 +159,17 @@ def test_speculation() -> None:
 
 
 moment = st.none() | st.floats(0, 100)
+count = st.none() | st.integers(0, 2**40)
 
 
 @st.composite
 def any_facts(draw: st.DrawFn) -> Facts:
     """What could come, in any order and with holes."""
     loads = [
-        Load(start, end, 1, failed)
-        for start, end, failed in draw(st.lists(st.tuples(st.floats(0, 100), moment, st.booleans()), max_size=3))
+        Load(start, end, 1, failed, blocks, size, transfer)
+        for start, end, failed, blocks, size, transfer in draw(
+            st.lists(st.tuples(st.floats(0, 100), moment, st.booleans(), count, count, moment), max_size=3)
+        )
     ]
     return facts(
         queued=draw(st.floats(0, 100)),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -255,16 +256,27 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("producer", ["approx", "precise"])
-@pytest.mark.parametrize("arm", ["prefix-aware", "random"])
-def test_the_stacks_own_configurations_are_accepted(tmp_path: Path, arm: str, producer: str) -> None:
+@pytest.mark.parametrize(
+    ("arm", "profile"),
+    [
+        *(("prefix-aware", "default"), ("random", "default")),
+        *(("by-threshold", "decode"), ("always-split", "decode"), ("never-split", "decode")),
+    ],
+)
+def test_the_stacks_own_configurations_are_accepted(tmp_path: Path, arm: str, profile: str, producer: str) -> None:
     import jinja2
+    from ansible.plugins.filter.core import combine
 
-    templates = jinja2.FileSystemLoader(Path(__file__).parents[2] / "playbooks/roles/picker/templates")
-    rendered = (
-        jinja2.Environment(loader=templates, trim_blocks=True, autoescape=False)
-        .get_template(f"{arm}.yaml.j2")
-        .render(llmtrace_etc_dir="/etc/x", vllm_block_size=32, vllm_model_name="smol", prefix_cache_producer=producer)
+    folder = Path(__file__).parents[2] / "playbooks/roles/picker/templates"
+    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), autoescape=False)
+    templates.filters |= {"to_json": json.dumps, "combine": combine}
+    rendered = templates.get_template(f"{arm}.yaml.j2").render(
+        llmtrace_etc_dir="/etc/x",
+        vllm_block_size=32,
+        vllm_model_name="m",
+        pd_threshold_tokens=512,
+        prefix_cache_producer=producer,
     )
     loaded = load(tmp_path, rendered)
-    assert loaded.profiles["default"].scorers
+    assert loaded.profiles[profile].scorers
     assert [made.type for made in loaded.producers] == [f"{producer}-prefix-cache-producer"]

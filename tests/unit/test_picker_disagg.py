@@ -31,8 +31,8 @@ from llmtrace.picker.plugin import REGISTRY, ProfileResult
 from llmtrace.picker.plugins.disagg_profile_handler import DisaggProfileHandlerParameters
 from llmtrace.picker.prefix_match import DEFAULT_PRODUCER, PrefixMatch
 from llmtrace.picker.request import InferenceRequest, RequestError
-from llmtrace.picker.spans import Span, Tracer
 from llmtrace.semconv import attributes as a
+from llmtrace.spans import Span, Tracer
 
 WORD = "word "
 LONG, SHORT = WORD * 600, WORD * 20

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from picking import Handle, endpoint
 
+from llmtrace.endpoints_file import parse, read
 from llmtrace.errors import UserError
 from llmtrace.picker import scrape
 from llmtrace.picker.endpoints import STALE_AFTER_S, Pool
-from llmtrace.picker.plugins.file_discovery import FileDiscovery, FileDiscoveryParameters, parse, read
+from llmtrace.picker.plugins.file_discovery import FileDiscovery, FileDiscoveryParameters
 
 ONE = 'endpoints: [{name: a, address: 127.0.0.1, port: "8000"}]'
 TWO = 'endpoints: [{name: a, address: 127.0.0.1, port: "8000"}, {name: b, address: 127.0.0.1, port: "8001"}]'

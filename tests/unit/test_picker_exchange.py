@@ -23,8 +23,8 @@ from picking import (
 from llmtrace.picker.exchange import CHUNK_BYTES, MAX_BODY_BYTES, Services
 from llmtrace.picker.ext_proc import ProcessingRequest
 from llmtrace.picker.scheduler import Scheduler
-from llmtrace.picker.spans import Tracer
 from llmtrace.semconv import attributes as a
+from llmtrace.spans import Tracer
 
 CLIENT = "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
 ENVOY = "00-" + "1" * 32 + "-" + "3" * 16 + "-01"

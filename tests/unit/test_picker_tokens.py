@@ -19,7 +19,7 @@ from llmtrace.picker.endpoints import Endpoint
 from llmtrace.picker.plugins import token_producer
 from llmtrace.picker.plugins.token_producer import TokenProducer, TokenProducerParameters
 from llmtrace.picker.request import InferenceRequest, parse, token_bytes
-from llmtrace.picker.spans import Tracer
+from llmtrace.spans import Tracer
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 
+from example_pd_traces import pd_trace
 from example_traces import MS, T0, changed, request_trace
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,7 +26,7 @@ def folded(trace: Trace) -> str:
 
 def test_the_tree_shows_every_span_indented_with_its_sender() -> None:
     lines = text(request_trace(cached=1280)).splitlines()
-    assert "12 spans" in lines[0]
+    assert "15 spans" in lines[0]
     line = {
         name: next(x for x in lines if name in x)
         for name in ("chat smol", "ingress", "gateway.request ", "llm_request")
@@ -38,6 +39,21 @@ def test_the_tree_shows_every_span_indented_with_its_sender() -> None:
     scorer = next(x for x in lines if "prefix-cache-scorer" in x)
     assert "vllm-0=1 vllm-1=1 vllm-2=1" in scorer
     assert all("━" in x for x in line.values())
+
+
+def test_the_tree_shows_the_choice_the_legs_and_the_kv_in_short() -> None:
+    shown = folded(pd_trace(prompt=1640, cached=32))
+    for words in (
+        "decision split split True reason uncached_at_or_above_threshold prompt 1640 cached 32 threshold 512",
+        "decode default/decode-0 waiting 1 prefill default/prefill-0 waiting 0",
+        "split True prefill at 127.0.0.1:8101",
+        "to http://127.0.0.1:8101/v1/chat/completions status 200",
+        "size 36.9 MB blocks 50 tokens 1600 transfer ms 12.5 from engine engine-prefill-0",
+        "prompt 1640 cached 32 loaded 1600 computed 8 chunks 1",
+        "output 16 tpot ms",
+    ):
+        assert words.replace(" ", "") in shown, words
+    assert "step complete_decode-only".replace(" ", "") in folded(pd_trace(split=False))
 
 
 def test_errors_events_links_and_orphans_are_marked() -> None:
@@ -74,6 +90,8 @@ def test_values_are_for_people() -> None:
     assert format_value("gen_ai.latency.e2e", 0.25) == "250.0 ms"
     assert format_value("x", [1.0, 0.333333]) == "1, 0.3333"
     assert format_value("x", 12345.6) == "12346"
+    sizes = {47_185_920: "47.2 MB", 13_400: "13 kB", 20: "20 B"}
+    assert {size: format_value("llmtrace.kv_load.bytes", size) for size in sizes} == sizes
 
 
 def test_unknown_spans_show_their_first_attributes() -> None:

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 
 from test_scenario_answer import run_traces
 
-from llmtrace.report import prefix_cache_html
-from llmtrace.scenarios.prefix_cache_answer import answer
+from llmtrace.scenarios.prefix_cache.answer import answer
+from llmtrace.scenarios.prefix_cache.report import prefix_cache_html
 
 
 class Tags(HTMLParser):

@@ -10,8 +10,8 @@ from example_traces import SCORERS, SERVERS, block_trace, changed, request_trace
 
 from llmtrace.errors import UserError
 from llmtrace.scenarios.facts import Decision, Scorer, read_requests
-from llmtrace.scenarios.prefix_cache_answer import PrefixCacheAnswer, answer
-from llmtrace.scenarios.routing import missed_decisions, reason
+from llmtrace.scenarios.prefix_cache.answer import PrefixCacheAnswer, answer
+from llmtrace.scenarios.prefix_cache.routing import missed_decisions, reason
 from llmtrace.traces.model import Trace
 
 TENANTS = ("greenhouse", "harbour", "library", "observatory")

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import typer
+from example_pd_traces import pd_run
+from example_stack import STACK
 from example_traces import request_trace
 from test_scenario_answer import run_traces
 from test_scenario_runs import store
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 
 from llmtrace import cli_scenarios
 from llmtrace.errors import UserError
+from llmtrace.stack import Stack
 
 TRACE = request_trace(77, cached=1280, run_id="run-0")
 APP = typer.Typer()
@@ -49,6 +52,37 @@ def test_the_answer_as_text_says_everything() -> None:
     assert shown.count("yes ") == 4
 
 
+def test_the_other_scenario_answers_by_the_same_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kept = store(*pd_run(lambda uncached, split: 300.0 + uncached / 2, blocks=2, each=2))
+    monkeypatch.setattr(cli_scenarios, "TempoClient", lambda url: kept)
+    shown = invoke("answer", "pd-disaggregation")
+    for word in (
+        "run run-1",
+        "How was each request served",
+        "prefill-0",
+        "Did the choices pay off",
+        "next: llmtrace trace",
+    ):
+        assert word in shown
+    page = tmp_path / "report.html"
+    found: dict[str, Any] = json.loads(invoke("answer", "pd-disaggregation", "--json", "--html", str(page)))
+    assert found["scenario"] == "pd-disaggregation"
+    assert found["requests"][0]["trace_id"] in page.read_text()
+
+
+def test_a_stack_for_another_scenario_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    state = tmp_path / "stack.json"
+    monkeypatch.setenv("LLMTRACE_STACK", str(state))
+    Stack.model_validate({**STACK, "scenario": "pd-disaggregation"}).save(state)
+    sentence = "set up for pd-disaggregation, not for prefix-cache: run `llmtrace up -e scenario=prefix-cache`"
+    for command in ("run", "verify"):
+        with pytest.raises(UserError, match=sentence):
+            invoke(command, "prefix-cache")
+    Stack.model_validate(STACK).save(state)
+    with pytest.raises(UserError, match="llmtrace up -e scenario=pd-disaggregation"):
+        invoke("run", "pd-disaggregation")
+
+
 def test_the_answer_as_json_and_html(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     found: dict[str, Any] = json.loads(invoke("answer", "--json", "--run", "run-1", "--html", str(page)))
@@ -60,7 +94,7 @@ def test_a_trace_as_tree_json_and_for_perfetto(tmp_path: Path) -> None:
     exported = tmp_path / "trace.json"
     assert "gateway.request_orchestration" in invoke("trace", TRACE.trace_id, "--perfetto", str(exported))
     assert json.loads(exported.read_text())["traceEvents"]
-    assert len(json.loads(invoke("trace", TRACE.trace_id.upper(), "--json"))["spans"]) == 12
+    assert len(json.loads(invoke("trace", TRACE.trace_id.upper(), "--json"))["spans"]) == 15
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,9 @@ from starlette.routing import Route
 
 from llmtrace.errors import UserError
 from llmtrace.scenarios.driver import Driver, Settings, server_counters
-from llmtrace.scenarios.workload import Workload
+from llmtrace.scenarios.pd_disaggregation.workload import PdWorkload, smoke_requests
+from llmtrace.scenarios.prefix_cache.workload import PrefixCacheWorkload
+from llmtrace.scenarios.smoke import send_smoke_requests
 
 
 @dataclass
@@ -136,7 +138,7 @@ async def test_a_run_sends_the_same_requests_by_both_arms(
 ) -> None:
     done: list[str] = []
     driver.progress = done.append
-    workload = Workload(blocks=2, conversations=1, turns=2)
+    workload = PrefixCacheWorkload(blocks=2, conversations=1, turns=2)
     record = await driver.run(workload)
     assert record.requests == len(done) == 2 * workload.size
     assert record.failed == 0
@@ -163,7 +165,7 @@ async def test_a_run_sends_the_same_requests_by_both_arms(
 
 
 async def test_no_cache_is_shared_between_arms_blocks_and_runs(driver: Driver, server: FakeServer) -> None:
-    await driver.run(Workload(blocks=2, conversations=1, turns=1))
+    await driver.run(PrefixCacheWorkload(blocks=2, conversations=1, turns=1))
     salts = {b["cache_salt"] for b in server.bodies if len(b["messages"]) > 1}
     assert salts == {f"{driver.run_id}:{arm}:{block}" for arm in ("prefix-aware", "random") for block in (0, 1)}
     assert server.hits == 0
@@ -172,7 +174,7 @@ async def test_no_cache_is_shared_between_arms_blocks_and_runs(driver: Driver, s
 async def test_the_trace_context_reaches_the_gateway(
     driver: Driver, server: FakeServer, exporter: InMemorySpanExporter
 ) -> None:
-    await driver.run(Workload(blocks=1, conversations=1, turns=1))
+    await driver.run(PrefixCacheWorkload(blocks=1, conversations=1, turns=1))
     sent = {h["traceparent"].split("-")[1] for h in server.headers}
     spans = [s for s in exporter.get_finished_spans() if s.name == "chat smol"]
     assert sent == {f"{s.context.trace_id:032x}" for s in spans if s.context}
@@ -180,7 +182,7 @@ async def test_the_trace_context_reaches_the_gateway(
 
 
 async def test_block_spans_carry_the_increase_of_vllms_counters(driver: Driver, exporter: InMemorySpanExporter) -> None:
-    await driver.run(Workload(blocks=1, conversations=2, turns=2))
+    await driver.run(PrefixCacheWorkload(blocks=1, conversations=2, turns=2))
     for block in [s for s in exporter.get_finished_spans() if s.name == "llmtrace.scenario.block"]:
         told = attributes(block)
         mine = [
@@ -197,8 +199,44 @@ async def test_block_spans_carry_the_increase_of_vllms_counters(driver: Driver, 
         assert told["llmtrace.kv_block_size"] == 16
 
 
+async def test_block_spans_carry_what_only_the_stack_s_configuration_tells(
+    driver: Driver, exporter: InMemorySpanExporter
+) -> None:
+    driver.settings = replace(
+        driver.settings, roles={"vllm-0": "decode"}, arm_facts={"random": {"llmtrace.pd.threshold_tokens": 512}}
+    )
+    await driver.run(PrefixCacheWorkload(blocks=1, conversations=1, turns=1))
+    blocks = [attributes(s) for s in exporter.get_finished_spans() if s.name == "llmtrace.scenario.block"]
+    told = {b["llmtrace.scenario.arm"]: b.get("llmtrace.pd.threshold_tokens") for b in blocks}
+    assert told == {"prefix-aware": None, "random": 512}
+    assert {b["llmtrace.scenario.server_roles"] for b in blocks} == {("decode",)}
+
+
+async def test_a_third_arm_gets_the_same_requests(driver: Driver, server: FakeServer) -> None:
+    arms = ("a", "b", "c")
+    driver.settings = replace(driver.settings, arms=arms, gateways=dict.fromkeys(arms, server.url), concurrency=4)
+    workload = PdWorkload(blocks=1, turns=2)
+    record = await driver.run(workload)
+    assert {arm: len(ids) for arm, ids in record.trace_ids.items()} == dict.fromkeys(arms, workload.size)
+    sent = [b for b in server.bodies if "warmup" not in b["cache_salt"]]
+    by_arm = {
+        arm: sorted(json.dumps(b["messages"]) for b in sent if b["cache_salt"] == f"{driver.run_id}:{arm}:0")
+        for arm in arms
+    }
+    assert by_arm["a"] == by_arm["b"] == by_arm["c"]
+
+
+async def test_requests_of_the_smoke_test_share_a_cache_within_a_conversation(
+    driver: Driver, server: FakeServer, exporter: InMemorySpanExporter
+) -> None:
+    sent = await send_smoke_requests(driver, smoke_requests())
+    assert list(sent.values()) == ["prefix-aware"] * 3 + ["random"] * 3
+    cached = [attributes(s).get("gen_ai.usage.cache_read.input_tokens") for s in exporter.get_finished_spans()]
+    assert cached == [0, 192, 0] * 2
+
+
 async def test_no_text_of_a_prompt_or_an_answer_is_recorded(driver: Driver, exporter: InMemorySpanExporter) -> None:
-    await driver.run(Workload(blocks=1, conversations=1, turns=1))
+    await driver.run(PrefixCacheWorkload(blocks=1, conversations=1, turns=1))
     recorded = " ".join(s.to_json() for s in exporter.get_finished_spans())
     assert "Good" not in recorded
     assert "ferry" not in recorded
@@ -213,7 +251,7 @@ async def test_failures_are_recorded_and_end_the_run_with_a_sentence(
         UserError,
         match=r"8 of 8 requests of run .* failed, the first with InternalServerError .*503.*no endpoint",
     ):
-        await driver.run(Workload(blocks=1, conversations=1, turns=1))
+        await driver.run(PrefixCacheWorkload(blocks=1, conversations=1, turns=1))
     failed = [s for s in exporter.get_finished_spans() if s.name == "chat smol"]
     assert {s.status.status_code.name for s in failed} == {"ERROR"}
     assert {attributes(s)["error.type"] for s in failed} == {"InternalServerError"}
@@ -223,7 +261,7 @@ async def test_failures_are_recorded_and_end_the_run_with_a_sentence(
 async def test_a_failed_warm_up_ends_the_run_at_once(driver: Driver, server: FakeServer) -> None:
     server.fail = True
     with pytest.raises(UserError, match=r"a warm-up request failed with InternalServerError .*503.*no endpoint"):
-        await driver.run(Workload(blocks=1, conversations=1, turns=1))
+        await driver.run(PrefixCacheWorkload(blocks=1, conversations=1, turns=1))
     assert len(server.bodies) == 2
 
 
@@ -231,20 +269,20 @@ async def test_a_request_that_hangs_is_given_up(driver: Driver, server: FakeServ
     server.hang = True
     driver.settings = replace(driver.settings, request_timeout_s=0.2, warmups=0)
     with pytest.raises(UserError, match="Timeout"):
-        await driver.run(Workload(blocks=1, conversations=1, turns=1))
+        await driver.run(PrefixCacheWorkload(blocks=1, conversations=1, turns=1))
 
 
 async def test_a_run_is_bounded(driver: Driver, server: FakeServer) -> None:
     server.hang = True
     driver.settings = replace(driver.settings, run_timeout_s=0.3)
     with pytest.raises(UserError, match=r"did not end within 0\.3 s"):
-        await driver.run(Workload(blocks=1, conversations=1, turns=1))
+        await driver.run(PrefixCacheWorkload(blocks=1, conversations=1, turns=1))
 
 
 async def test_a_server_without_metrics_is_named(driver: Driver, server: FakeServer) -> None:
     driver.settings = replace(driver.settings, servers={"vllm-7": f"{server.url}/nowhere"}, warmups=0)
     with pytest.raises(UserError, match="vllm-7 does not give its metrics"):
-        await driver.run(Workload(blocks=1, conversations=1, turns=1))
+        await driver.run(PrefixCacheWorkload(blocks=1, conversations=1, turns=1))
 
 
 def test_an_arm_without_a_gateway_is_named() -> None:

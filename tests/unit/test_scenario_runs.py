@@ -7,14 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from example_stack import STACK
 from example_traces import block_trace, request_trace
 from test_scenario_answer import run_traces
 
 from llmtrace.errors import UserError
-from llmtrace.scenarios.prefix_cache import EXPECTATION
+from llmtrace.scenarios.prefix_cache import SCENARIO
+from llmtrace.scenarios.prefix_cache.workload import smoke_requests
 from llmtrace.scenarios.runs import latest_run, load_run, trace_ids, wait_for
-from llmtrace.scenarios.smoke import smoke_requests, verify
+from llmtrace.scenarios.smoke import verify
+from llmtrace.stack import Stack
 from llmtrace.traces.model import Trace
+
+UP = Stack.model_validate(STACK)
 
 
 @dataclass
@@ -84,16 +89,16 @@ def test_waiting_ends_when_all_is_there_or_the_time_is_up() -> None:
 def test_the_smoke_test_passes_good_traces_and_names_a_silent_component() -> None:
     good, other = request_trace(1), request_trace(2, arm="random")
     sent = {good.trace_id: "prefix-aware", other.trace_id: "random"}
-    assert verify(store(good, other), sent, "prefix-cache", EXPECTATION, timeout_s=1).ok
+    assert verify(store(good, other), sent, SCENARIO, UP, timeout_s=1).ok
     mute = Trace(other.trace_id, tuple(s for s in other.spans if s.service != "vllm"))
-    result = verify(store(good, mute), sent, "prefix-cache", EXPECTATION, timeout_s=0.1)
+    result = verify(store(good, mute), sent, SCENARIO, UP, timeout_s=0.1)
     assert not result.ok
     assert [[p.component for p in t.problems] for t in result.traces] == [[], ["vllm"]]
     assert "--otlp-traces-endpoint" in result.traces[1].problems[0].hint
 
 
 def test_a_trace_that_never_came_names_the_collector() -> None:
-    result = verify(store(), {"f" * 32: "random"}, "prefix-cache", EXPECTATION, timeout_s=0.1)
+    result = verify(store(), {"f" * 32: "random"}, SCENARIO, UP, timeout_s=0.1)
     assert {p.component for p in result.traces[0].problems} == {"collector"}
 
 

@@ -116,8 +116,8 @@ def test_a_wrong_type_is_found(data: st.DataObject) -> None:
 def test_a_value_that_is_not_allowed_is_found_and_cut() -> None:
     finding = only(changed(GOOD, "chat smol", {"llmtrace.scenario.arm": "x" * 100}))
     assert finding.fault == Fault.VALUE
-    assert "where prefix-aware or random is declared" in finding.detail
-    assert len(finding.detail) < 130
+    assert "where prefix-aware or random" in finding.detail
+    assert "x" * 40 not in finding.detail
 
 
 def needed(span: Span) -> list[str]:

@@ -18,7 +18,6 @@ from llmtrace.picker.disaggregation import Decision, Reason
 from llmtrace.scenarios.prefix_cache import EXPECTATION, NAME
 from llmtrace.scenarios.required import expectation
 from llmtrace.semconv import attributes as a
-from llmtrace.semconv.conformance import _has_type
 from llmtrace.semconv.definitions import REGISTRY, load, registry
 from llmtrace.semconv.format import MANIFEST, read
 
@@ -39,16 +38,27 @@ def test_every_file_declares_something_and_every_reference_resolves() -> None:
 
 
 def test_the_manifest_is_what_weaver_wants() -> None:
+    """docs/specs and crates/weaver_semconv/src/manifest.rs: the URL alone names the registry and its version."""
     manifest = yaml.safe_load((REGISTRY / MANIFEST).read_text())
-    assert manifest["name"] == "llmtrace"
-    assert manifest["schema_url"] == manifest["schema_base_url"] + manifest["semconv_version"]
+    assert re.fullmatch(r"https://[a-z./]+/llmtrace/\d+\.\d+\.\d+", manifest["schema_url"])
+    assert manifest.keys() == {"schema_url", "description", "stability"}
 
 
-def test_examples_are_of_their_types_and_texts_have_some() -> None:
+def test_attributes_have_examples() -> None:
     for attribute in registry().attributes.values():
         assert attribute.members or attribute.examples or attribute.type == "boolean", attribute.id
-        for example in attribute.examples:
-            assert _has_type(example, attribute.type), f"{attribute.id}: {example!r} is no {attribute.type}"
+
+
+def test_own_names_keep_to_opentelemetrys_rules() -> None:
+    """Form, and no name that is a namespace too (opentelemetry-weaver-packages, policies/check/naming_conventions)."""
+    declared = registry()
+    names = [*declared.attributes, *(m.name for m in declared.metrics.values())]
+    own = [name for name in names if name.startswith("llmtrace.")]
+    assert own
+    for name in own:
+        assert re.fullmatch(r"llmtrace(\.[a-z][a-z0-9]*(_[a-z0-9]+)*)+", name), name
+        inside = [other for other in declared.attributes if other.startswith(f"{name}.")]
+        assert not inside, f"{name} is a name and the namespace of {inside}"
 
 
 def test_briefs_fit_a_table_and_end_without_a_full_stop() -> None:
@@ -89,10 +99,62 @@ def test_the_required_edges_of_the_prefix_cache_scenario() -> None:
         "scorer": (("scoring",), "INTERNAL", a.PICKER_SERVICE),
         "pick": (("profile",), "INTERNAL", a.PICKER_SERVICE),
         "server": (("gateway", "envoy", "client"), "SERVER", a.SERVER_SERVICE),
+        "queue": (("server",), "INTERNAL", a.SERVER_SERVICE),
+        "prefill": (("server",), "INTERNAL", a.SERVER_SERVICE),
+        "decode": (("server",), "INTERNAL", a.SERVER_SERVICE),
     }
     (scorer,) = (span for span in EXPECTATION.spans if span.key == "scorer")
     assert scorer.count_from == ("scoring", a.SCORER_COUNT)
-    assert set(EXPECTATION.hints) == {"client", "collector", "envoy", "picker", "vllm"}
+    assert set(EXPECTATION.hints) == {"client", "collector", "engine", "envoy", "picker", "sidecar", "vllm"}
+
+
+def test_the_required_edges_of_the_pd_scenario_below_the_gateway() -> None:
+    def edges(form: str) -> dict[str, tuple[str, tuple[str, ...]]]:
+        spans = expectation(registry(), "pd-disaggregation", form).spans
+        inside = (a.SIDECAR_SERVICE, a.SERVER_SERVICE)
+        return {span.key: (span.name, span.parents) for span in spans if span.service in inside}
+
+    both = {
+        "sidecar": ("llm_d.pd_proxy.* /*", ("gateway", "envoy", "client")),
+        "forward": ("forward_request", ("sidecar",)),
+        "decode_queue": ("queue", ("decode_server",)),
+        "decode_prefill": ("prefill", ("decode_server",)),
+        "decode_decode": ("decode", ("decode_server",)),
+    }
+    split = both | {
+        "prefill_leg": ("prefill", ("forward",)),
+        "prefill_server": ("llm_request", ("prefill_leg",)),
+        "prefill_queue": ("queue", ("prefill_server",)),
+        "prefill_prefill": ("prefill", ("prefill_server",)),
+        "decode_leg": ("decode", ("forward", "prefill_leg")),
+        "decode_server": ("llm_request", ("decode_leg",)),
+    }
+    assert edges("unified") == both | {"decode_server": ("llm_request", ("forward",))}
+    assert edges("split_without_load") == split
+    assert edges("split") == split | {"kv_load": ("kv_load", ("decode_server",))}
+    (late,) = (s for s in expectation(registry(), "pd-disaggregation", "split").spans if s.may_end_late)
+    assert late.key == "decode_leg"
+
+
+def test_a_span_that_a_scenario_requires_in_two_places(tmp_path: Path) -> None:
+    def twice(d: dict[str, Any]) -> None:
+        inner = yaml.safe_load(yaml.safe_dump(d["groups"][1])) | {"id": "span.y"}
+        inner["annotations"]["llmtrace"] = {
+            "name": "y",
+            "parents": ["span.x"],
+            "scenarios": {
+                "s": [{"key": "first", "under": ["x"]}, {"key": "second", "under": ["first"], "forms": ["f"]}]
+            },
+        }
+        d["groups"].append(inner)
+
+    declared = load(write(tmp_path, changed(twice)))
+    assert {s.key: s.parents for s in expectation(declared, "s").spans} == {"x": (), "first": ("x",)}
+    assert {s.key: s.parents for s in expectation(declared, "s", "f").spans} == {
+        "x": (),
+        "first": ("x",),
+        "second": ("first",),
+    }
 
 
 def test_a_scenario_that_the_registry_does_not_know() -> None:
@@ -257,10 +319,24 @@ def span_notes(d: dict[str, Any]) -> dict[str, Any]:
     return d["groups"][1]["annotations"]["llmtrace"]  # type: ignore[no-any-return]
 
 
+METRIC: dict[str, Any] = {
+    "id": "metric.x",
+    "type": "metric",
+    "metric_name": "x.m",
+    "instrument": "counter",
+    "unit": "1",
+    "brief": "M",
+    "stability": "stable",
+}
+
 CHANGES: list[tuple[Change, str]] = [
     (lambda d: attribute(d).update(type="text"), r"x\.yaml: group registry\.x: .*type"),
     (lambda d: attribute(d).pop("stability"), r"x\.yaml: group registry\.x: .*x\.name needs"),
     (lambda d: attribute(d).pop("examples"), r"x\.yaml: group registry\.x: .*x\.name needs examples"),
+    (lambda d: attribute(d).update(examples=[1]), r"group registry\.x: .*example of attribute x\.name .* type string"),
+    (lambda d: attribute(d).update(type="string[]"), r"group registry\.x: .*example of .* type string\[\]"),
+    (lambda d: attribute(d).update(type="double", examples=[1]), r"group registry\.x: .*example of .* type double"),
+    (lambda d: attribute(d).update(deprecated={"reason": "renamed"}), r"group registry\.x: .*renamed_to"),
     (lambda d: attribute(d).update(colour="red"), r"group registry\.x: .*colour"),
     (lambda d: attribute(d).update(requirement_level="always"), r"group registry\.x: .*requirement_level"),
     (lambda d: attribute(d).update(ref="x.count"), "either an id or a ref"),
@@ -276,6 +352,9 @@ CHANGES: list[tuple[Change, str]] = [
     (lambda d: d["groups"][0].update(annotations={}), r"group span\.x: .*who sends"),
     (lambda d: d["groups"][1].update(id="registry.x"), r"group registry\.x: this id is already in x\.yaml"),
     (lambda d: d["groups"][1].pop("span_kind"), r"group span\.x: .*span_kind"),
+    (lambda d: d["groups"][0].update(extends="nothing"), r"group registry\.x: it extends nothing"),
+    (lambda d: d["groups"].extend(2 * [METRIC]), r"group metric\.x: this id is already"),
+    (lambda d: d["groups"].extend([METRIC, METRIC | {"id": "y"}]), r"group y: the metric x\.m is already metric\.x"),
     (lambda d: d["groups"][1].update(extends="nothing"), r"group span\.x: it extends nothing"),
     (lambda d: d["groups"][1].update(extends="span.x"), r"group span\.x: it extends span\.x"),
     (lambda d: d["groups"][1].update(events=["event.x"]), r"group span\.x: .*event\.x, which nothing declares"),
@@ -288,6 +367,10 @@ CHANGES: list[tuple[Change, str]] = [
     (
         lambda d: span_notes(d)["scenarios"]["s"].update(count={"span": "y", "attribute": "x.count"}),
         r"group span\.x: s counts by x\.count of y",
+    ),
+    (
+        lambda d: span_notes(d)["scenarios"]["s"].update(under=["nowhere"]),
+        r"group span\.x: s has it under nowhere, which nothing declares",
     ),
 ]
 
@@ -321,8 +404,7 @@ def test_what_can_have_a_constant(tmp_path: Path) -> None:
         told = {"brief": "B", "stability": "stable"}
         d["groups"] += [
             {"id": "event.x", "type": "event", "name": "x.event", "annotations": named("EVENT"), **told},
-            {"id": "metric.x", "type": "metric", "metric_name": "x.metric", "instrument": "counter", "unit": "1"}
-            | {"annotations": named("METRIC"), **told},
+            METRIC | {"annotations": named("METRIC")},
         ]
         attribute(d)["annotations"] = named("NAME")
         span_notes(d).update(name="x *", constant="SPAN")
@@ -338,7 +420,7 @@ def test_what_can_have_a_constant(tmp_path: Path) -> None:
         ("HEADER", "x-header", "A header"),
         ("SPAN", "x ", "A span"),
         ("EVENT", "x.event", "B"),
-        ("METRIC", "x.metric", "B"),
+        ("METRIC", "x.m", "M"),
     ]
 
 

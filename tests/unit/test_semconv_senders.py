@@ -33,7 +33,7 @@ from llmtrace.engine.facts import Facts
 from llmtrace.engine.spans import write_aborted
 from llmtrace.errors import UserError
 from llmtrace.scenarios.driver import Driver
-from llmtrace.scenarios.workload import Workload
+from llmtrace.scenarios.prefix_cache.workload import PrefixCacheWorkload
 from llmtrace.semconv import attributes as a
 from llmtrace.semconv.conformance import Finding, check
 from llmtrace.traces import otlp
@@ -99,7 +99,7 @@ async def test_the_driver(
 ) -> None:
     server.fail = fail
     try:
-        await driver.run(Workload(blocks=1, conversations=1, turns=1))
+        await driver.run(PrefixCacheWorkload(blocks=1, conversations=1, turns=1))
     except UserError:
         assert fail
     sent = otlp.spans(encode_spans(exporter.get_finished_spans()).resource_spans)

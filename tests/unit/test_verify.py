@@ -17,6 +17,11 @@ GOOD = request_trace()
 UPSTREAM = request_trace(upstream=True)
 INDEX = st.integers(0, len(GOOD.spans) - 1)
 COMPONENTS = {"llmtrace-client": "client", "envoy": "envoy", "llm-d-epp": "picker", "vllm": "vllm"}
+ENGINE_SPANS = ("queue", "prefill", "decode")
+
+
+def component(span: Span) -> str:
+    return "engine" if span.name in ENGINE_SPANS else COMPONENTS[span.service]
 
 
 def check(trace: Trace, tolerance: float = 10.0) -> list[Problem]:
@@ -61,18 +66,24 @@ def test_a_silent_component_is_named(service: str) -> None:
     assert {p.component for p in missing} == {COMPONENTS[service]}
 
 
+def test_a_server_without_the_plugin_is_named() -> None:
+    problems = check(without(GOOD, *ENGINE_SPANS))
+    assert {(p.component, p.fault) for p in problems} == {("engine", Fault.MISSING)}
+    assert len(problems) == len(ENGINE_SPANS)
+
+
 @given(INDEX)
 def test_a_removed_span_is_blamed_on_its_component(index: int) -> None:
     gone = GOOD.spans[index]
     problems = check(Trace(GOOD.trace_id, GOOD.spans[:index] + GOOD.spans[index + 1 :]))
-    assert any(p.fault == Fault.MISSING and p.component == COMPONENTS[gone.service] for p in problems)
+    assert any(p.fault == Fault.MISSING and p.component == component(gone) for p in problems)
 
 
 @given(INDEX)
 def test_a_duplicate_is_named(index: int) -> None:
     again = GOOD.spans[index]
     problem = only(Trace(GOOD.trace_id, (*GOOD.spans, again)), Fault.DUPLICATE)
-    assert problem.component == COMPONENTS[again.service]
+    assert problem.component == component(again)
     assert again.span_id in problem.message
 
 
@@ -87,7 +98,7 @@ def test_a_span_outside_of_its_parents_time_is_named(index: int, excess_ms: int,
         moved = replace(span, end_ns=parent.end_ns + excess_ms * MS)
     spans = tuple(moved if s is span else s for s in GOOD.spans)
     problems = [p for p in check(Trace(GOOD.trace_id, spans)) if p.fault == Fault.TIME]
-    assert any(p.component == COMPONENTS[span.service] and repr(span.name) in p.message for p in problems)
+    assert any(p.component == component(span) and repr(span.name) in p.message for p in problems)
 
 
 @given(st.floats(0, 9.9))
@@ -106,7 +117,7 @@ def test_an_unknown_parent_is_an_orphan(index: int, parent_id: str) -> None:
     spans = tuple(replace(s, parent_id=parent_id) if s is span else s for s in GOOD.spans)
     problem = only(Trace(GOOD.trace_id, spans), Fault.ORPHAN)
     assert parent_id in problem.message
-    assert COMPONENTS[span.service] in problem.message
+    assert component(span) in problem.message
 
 
 def test_an_orphan_points_to_the_component_whose_span_is_absent() -> None:
@@ -136,7 +147,8 @@ def test_a_wrong_parent_is_named() -> None:
 @given(INDEX.filter(lambda i: GOOD.spans[i].parent_id is not None), INDEX)
 def test_any_other_parent_is_a_problem(index: int, other: int) -> None:
     span, parent = GOOD.spans[index], GOOD.spans[other]
-    expected, found = EXPECTATION.classify(span), EXPECTATION.classify(parent)
+    classes = EXPECTATION.classify(GOOD)
+    expected, found = classes[id(span)], classes[id(parent)]
     assert expected is not None
     assert found is not None
     spans = tuple(replace(s, parent_id=parent.span_id) if s is span else s for s in GOOD.spans)
@@ -145,7 +157,7 @@ def test_any_other_parent_is_a_problem(index: int, other: int) -> None:
         assert problems == []
     else:
         assert {p.fault for p in problems} & {Fault.PARENT, Fault.CYCLE}
-        assert COMPONENTS[span.service] in {p.component for p in problems}
+        assert component(span) in {p.component for p in problems}
 
 
 def test_a_second_root_is_named() -> None:

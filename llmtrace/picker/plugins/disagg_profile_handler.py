@@ -26,8 +26,8 @@ from llmtrace.picker.plugin import (
     SchedulingResult,
 )
 from llmtrace.picker.request import InferenceRequest, no_result
-from llmtrace.picker.spans import Attributes, Span
 from llmtrace.semconv import attributes as a
+from llmtrace.spans import Attributes, Span
 
 SCOPE = "llm-d-router/pkg/epp/framework/plugins/scheduling"
 DECODE_PROFILE = "decode"

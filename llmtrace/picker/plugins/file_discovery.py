@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-import ipaddress
-import logging
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from watchfiles import awatch
+from pydantic import Field
 
-from llmtrace.errors import UserError
+from llmtrace.endpoints_file import EndpointEntry, EndpointsFile
 from llmtrace.picker.endpoints import Endpoint
 from llmtrace.picker.plugin import REGISTRY, Discovery, Handle, Parameters
-
-MAX_FILE_BYTES = 1 << 20
-RELOAD_MS = 1000
-
-_log = logging.getLogger(__name__)
 
 
 class FileDiscoveryParameters(Parameters):
@@ -27,70 +17,6 @@ class FileDiscoveryParameters(Parameters):
 
     path: str = Field(min_length=1)
     watch_file: bool = False
-
-
-class EndpointEntry(BaseModel):
-    """One endpoint: an IPv4 address and a port, as strings."""
-
-    model_config = ConfigDict(frozen=True, strict=True)
-
-    name: str = Field(min_length=1)
-    address: str
-    port: str
-    namespace: str = "default"
-    labels: dict[str, str] = Field(default_factory=dict)
-
-    @field_validator("address")
-    @classmethod
-    def _ipv4(cls, value: str) -> str:
-        try:
-            return str(ipaddress.IPv4Address(value))
-        except ValueError:
-            raise ValueError(f"{value!r} is no IPv4 address") from None
-
-    @field_validator("port")
-    @classmethod
-    def _port(cls, value: str) -> str:
-        if not (value.isascii() and value.isdigit() and 1 <= int(value) <= 65535):
-            raise ValueError(f"{value!r} is no port from 1 to 65535")
-        return value
-
-
-class EndpointsFile(BaseModel):
-    """The file's content."""
-
-    model_config = ConfigDict(strict=True)
-
-    endpoints: list[EndpointEntry] = Field(default_factory=list)
-
-
-def read(path: Path) -> bytes:
-    """Content of an endpoints file; raises UserError where it cannot be read or is too large."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"the endpoints file {path} cannot be read ({error.strerror})") from None
-    if len(raw) > MAX_FILE_BYTES:
-        raise UserError(f"the endpoints file {path} is larger than 1 MiB: split the pool")
-    return raw
-
-
-def parse(raw: bytes, path: Path) -> list[EndpointEntry]:
-    """Endpoints of a file's content; raises UserError where it says something impossible."""
-    try:
-        content: Any = yaml.safe_load(raw)
-        found = EndpointsFile.model_validate({} if content is None else content).endpoints
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the top level"
-        raise UserError(f"the endpoints file {path} is wrong at {where}: {first['msg']}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"the endpoints file {path} is no YAML: {' '.join(str(error).split())}") from None
-    names = [(entry.namespace, entry.name) for entry in found]
-    if twice := {"/".join(name) for name in names if names.count(name) > 1}:
-        raise UserError(f"the endpoints file {path} names {', '.join(sorted(twice))} more than once")
-    return found
 
 
 @REGISTRY.register
@@ -102,44 +28,16 @@ class FileDiscovery(Discovery[FileDiscoveryParameters]):
 
     def __init__(self, name: str, parameters: FileDiscoveryParameters, handle: Handle) -> None:
         super().__init__(name, parameters, handle)
-        self._raw: bytes | None = None
-        self._complaint = ""
+        self._file = EndpointsFile(Path(parameters.path), self._replace)
 
     def load(self) -> None:
         """Read the file into the pool, if it changed since the last time."""
-        path = Path(self.parameters.path)
-        raw = read(path)
-        if raw == self._raw:
-            return
-        self._raw = raw
-        entries = parse(raw, path)
-        _log.info("%s: %d endpoints", self.parameters.path, len(entries))
-        self.handle.pool.replace(Endpoint(e.name, e.namespace, e.address, e.port, e.labels) for e in entries)
+        self._file.load()
 
     async def watch(self) -> None:
-        """Reread on every change, and look every second: what changed before the watch began is no event.
+        """Take up changes, where that is asked for."""
+        if self.parameters.watch_file:
+            await self._file.watch()
 
-        The folder is watched: the file may be replaced, or be a link that moves.
-        """
-        if not self.parameters.watch_file:
-            return
-        folder = Path(self.parameters.path).parent
-        while True:
-            try:
-                async for _ in awatch(
-                    folder, debounce=100, step=50, recursive=False, rust_timeout=RELOAD_MS, yield_on_timeout=True
-                ):
-                    self._reload()
-            except OSError as error:
-                _log.error("the folder %s cannot be watched (%s); trying again", folder, error.strerror or error)
-                await asyncio.sleep(RELOAD_MS / 1000)
-
-    def _reload(self) -> None:
-        try:
-            self.load()
-        except UserError as error:
-            if str(error) != self._complaint:
-                _log.error("%s; the endpoints stay as they were", error)
-            self._complaint = str(error)
-        else:
-            self._complaint = ""
+    def _replace(self, entries: list[EndpointEntry]) -> None:
+        self.handle.pool.replace(Endpoint(e.name, e.namespace, e.address, e.port, e.labels) for e in entries)

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from opentelemetry.trace import SpanKind
 from pydantic import Field
 
-from llmtrace.picker.durations import Duration
+from llmtrace.durations import Duration
 from llmtrace.picker.endpoints import Endpoint
 from llmtrace.picker.kv_events import Message
 from llmtrace.picker.kv_index import KVBlockIndex
@@ -19,8 +19,8 @@ from llmtrace.picker.kv_subscription import Source, Subscriptions
 from llmtrace.picker.plugin import REGISTRY, Handle, Others, Parameters, Producer, SchedulingResult
 from llmtrace.picker.prefix_match import PrefixMatch, prefix_match
 from llmtrace.picker.request import BYTES_PER_TOKEN, InferenceRequest
-from llmtrace.picker.spans import Span
 from llmtrace.semconv import attributes as a
+from llmtrace.spans import Span
 
 SCOPE = "llm-d-router/pkg/epp/framework/plugins/requestcontrol"
 INDEX_SCOPE = "llm-d-router/pkg/kvcache/kvblock"

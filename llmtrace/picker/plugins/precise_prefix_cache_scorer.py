@@ -14,7 +14,7 @@ from llmtrace.picker.plugins.precise_prefix_cache_producer import (
 )
 from llmtrace.picker.plugins.prefix_cache_scorer import PrefixCacheScorer, PrefixCacheScorerParameters
 from llmtrace.picker.request import InferenceRequest
-from llmtrace.picker.spans import Attributes
+from llmtrace.spans import Attributes
 
 
 @REGISTRY.register

@@ -11,8 +11,8 @@ from llmtrace.picker.endpoints import Endpoint
 from llmtrace.picker.plugin import REGISTRY, Others, Scorer
 from llmtrace.picker.prefix_match import PrefixMatchParameters, prefix_match
 from llmtrace.picker.request import InferenceRequest
-from llmtrace.picker.spans import Attributes
 from llmtrace.semconv import attributes as a
+from llmtrace.spans import Attributes
 
 
 class PrefixCacheScorerParameters(PrefixMatchParameters):

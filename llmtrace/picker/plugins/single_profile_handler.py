@@ -8,7 +8,7 @@ from typing import ClassVar
 from llmtrace.errors import UserError
 from llmtrace.picker.plugin import REGISTRY, Others, Parameters, ProfileHandler, ProfileResult, SchedulingResult
 from llmtrace.picker.request import InferenceRequest, no_result
-from llmtrace.picker.spans import Span
+from llmtrace.spans import Span
 
 
 @REGISTRY.register

@@ -21,7 +21,7 @@ import msgspec
 from opentelemetry.trace import SpanKind
 from pydantic import Field
 
-from llmtrace.picker.durations import Duration
+from llmtrace.durations import Duration
 from llmtrace.picker.endpoints import Endpoint
 from llmtrace.picker.plugin import REGISTRY, Handle, Parameters, Tokenizer
 from llmtrace.picker.request import InferenceRequest, token_bytes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import signal
-import socket
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -13,6 +12,7 @@ from typing import NoReturn
 import uvicorn
 
 from llmtrace.errors import UserError
+from llmtrace.flags import listen
 from llmtrace.traces.store.app import create_app
 from llmtrace.traces.store.database import Database
 from llmtrace.traces.store.retention import MIN_MAX_BYTES, Retention
@@ -45,26 +45,12 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-    except OSError as error:
-        raise UserError(
-            f"cannot listen on {host}:{port} ({error.strerror or error}); stop what listens there, "
-            "or give another --host or --port"
-        ) from None
-    return listener
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the store; returns the exit code: 2 for bad flags or an unusable file, 1 when the file broke."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         options = _arguments(arguments)
-        listener = _listen(options.host, options.port)
+        listener = listen(options.host, options.port)
         database = Database(options.db, Retention(options.retention_hours, options.max_bytes))
     except UserError as error:
         print(f"store: {error}", file=sys.stderr)

@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from llmtrace.errors import UserError
+from llmtrace.scenarios.checks import Check, Prefilled, counters, equal, every_request_has_its_trace
 from llmtrace.scenarios.facts import Block, Served, read_blocks, read_requests
-from llmtrace.scenarios.prefix_cache import ARMS, BASELINE, CANDIDATE
-from llmtrace.scenarios.routing import MissedDecision, missed_decisions
+from llmtrace.scenarios.pairing import Conclusion, by_pair, conclude
+from llmtrace.scenarios.prefix_cache.expected import ARMS, BASELINE, CANDIDATE
+from llmtrace.scenarios.prefix_cache.routing import MissedDecision, missed_decisions
 from llmtrace.stats import Distribution, Interval, cluster_bootstrap, distribution
 from llmtrace.traces.model import Trace
-
-MOST_LISTED = 20
-"""Disagreements of a check that are listed one by one."""
 
 
 class _Model(BaseModel):
@@ -70,9 +69,6 @@ class PairedTtft(_Model):
     baseline_trace_id: str
 
 
-Conclusion = Literal["improvement", "not supported", "regression"]
-
-
 class Comparison(_Model):
     """The same requests in both arms. Both intervals are 95 % bootstrap intervals over (block, tenant)
     clusters.
@@ -89,16 +85,6 @@ class Comparison(_Model):
     saved_ms: Interval
     ratio: Interval
     conclusion: Conclusion
-
-
-class Check(_Model):
-    """A check of one source of numbers against another; ``ok`` is None where there was nothing to compare."""
-
-    name: str
-    ok: bool | None
-    compared: int
-    detail: str
-    disagreements: list[str]
 
 
 class PrefixCacheAnswer(_Model):
@@ -161,10 +147,6 @@ def answer(run_id: str, traces: Iterable[Trace], *, seed: int = 0) -> PrefixCach
 
 def paired(served: Iterable[Served]) -> list[PairedTtft]:
     """Requests that gave a first token in both arms."""
-    by_pair: dict[str, dict[str, Served]] = {}
-    for s in served:
-        if not s.failed and s.ttft_ms is not None:
-            by_pair.setdefault(s.pair_id, {})[s.arm] = s
     return [
         PairedTtft(
             pair_id=pair_id,
@@ -176,7 +158,7 @@ def paired(served: Iterable[Served]) -> list[PairedTtft]:
             candidate_trace_id=c.trace_id,
             baseline_trace_id=b.trace_id,
         )
-        for pair_id, arms in sorted(by_pair.items())
+        for pair_id, arms in by_pair(served).items()
         if (c := arms.get(CANDIDATE)) is not None and (b := arms.get(BASELINE)) is not None
     ]
 
@@ -195,9 +177,6 @@ def compare(pairs: Sequence[PairedTtft], seed: int) -> Comparison | None:
 
     saved = cluster_bootstrap([p.baseline_ms - p.candidate_ms for p in pairs], clusters, mean, seed=seed)
     ratio = cluster_bootstrap([p.candidate_ms / p.baseline_ms for p in pairs], clusters, middle, seed=seed)
-    conclusion: Conclusion = "not supported"
-    if saved.excludes(0.0):
-        conclusion = "improvement" if saved.estimate > 0 else "regression"
     return Comparison(
         candidate=CANDIDATE,
         baseline=BASELINE,
@@ -205,7 +184,7 @@ def compare(pairs: Sequence[PairedTtft], seed: int) -> Comparison | None:
         clusters=len(set(clusters)),
         saved_ms=saved,
         ratio=ratio,
-        conclusion=conclusion,
+        conclusion=conclude(saved),
     )
 
 
@@ -286,71 +265,23 @@ def _endpoint(name: str, served: Iterable[Served], counters: Iterable[Block]) ->
 
 def _checks(served: Sequence[Served], blocks: Sequence[Block], kv_block_size: int) -> list[Check]:
     good = [s for s in served if not s.failed]
-    expected = sum(b.requests for b in blocks)
     return [
-        Check(
-            name="every request that was sent has its trace",
-            ok=len(served) == expected,
-            compared=expected,
-            detail=f"{len(served)} traces of {expected} requests",
-            disagreements=[],
-        ),
-        _equal(
+        every_request_has_its_trace(served, blocks),
+        equal(
             "cached tokens: client's usage and gateway's",
             good,
             lambda s: (s.cached_tokens, s.gateway_cached_tokens),
         ),
-        _equal(
+        equal(
             "prompt tokens: client's usage and vLLM's span",
             good,
             lambda s: (s.input_tokens, s.server_prompt_tokens),
         ),
-        _counters(good, blocks, kv_block_size),
+        counters(
+            "cached tokens: client's usage and vLLM's counters",
+            "usage says",
+            (Prefilled(s.arm, s.block, s.endpoint, s.input_tokens or 0, s.cached_tokens or 0) for s in good),
+            blocks,
+            kv_block_size,
+        ),
     ]
-
-
-def _equal(name: str, served: Sequence[Served], values: Callable[[Served], tuple[int | None, int | None]]) -> Check:
-    compared = [(s, *values(s)) for s in served]
-    untold = sum(left is None or right is None for _, left, right in compared)
-    differ = [
-        f"{s.trace_id} ({s.arm}): {left} and {right}"
-        for s, left, right in compared
-        if left is not None and right is not None and left != right
-    ]
-    told = len(compared) - untold
-    detail = "nothing to compare" if not told else "equal for every request" if not differ else f"{len(differ)} differ"
-    if untold and told:
-        detail += f"; {untold} requests lack one of the two"
-    return Check(
-        name=name,
-        ok=not differ if told else None,
-        compared=told,
-        detail=detail,
-        disagreements=differ[:MOST_LISTED],
-    )
-
-
-def _counters(served: Sequence[Served], blocks: Sequence[Block], kv_block_size: int) -> Check:
-    """Usage against vLLM's own counters, for each server and block: equal within one KV block per request."""
-    differ, compared, worst = [], 0, 0
-    for block in blocks:
-        for name, hits in block.hits.items():
-            here = [s for s in served if (s.arm, s.block, s.endpoint) == (block.arm, block.block, name)]
-            cached, prompt = _sum(here, lambda s: s.cached_tokens), _sum(here, lambda s: s.input_tokens)
-            compared += 1
-            worst = max(worst, abs(hits - cached))
-            where = f"{name}, {block.arm}, block {block.block}"
-            if abs(hits - cached) > kv_block_size * len(here):
-                differ.append(f"{where}: usage says {cached} cached tokens, vLLM's counter {hits}")
-            if abs(block.queries[name] - prompt) > kv_block_size * len(here):
-                differ.append(f"{where}: usage says {prompt} prompt tokens, vLLM's counter {block.queries[name]}")
-    detail = (
-        f"at most {worst} tokens apart (allowed: {kv_block_size} per request)" if compared else "nothing to compare"
-    )
-    return Check(
-        name="cached tokens: client's usage and vLLM's counters",
-        ok=not differ if compared else None,
-        compared=compared,
-        detail=detail,
-        disagreements=differ[:MOST_LISTED],
-    )

@@ -1,7 +1,7 @@
-"""Spans for the picker's hot path, and their fast export.
+"""Spans for the hot paths of picker and sidecar, and their fast export.
 
-A routed request has nine spans and about half a millisecond to spend on all of them; the SDK's spans and its OTLP
-encoder together take that long. Here a span is a plain record that is encoded when it ends, from pieces that are
+A request has nine spans in the picker and about half a millisecond to spend on all of them; the SDK's spans and its
+OTLP encoder together take that long. Here a span is a plain record that is encoded when it ends, from pieces that are
 mostly known already: names, weights and endpoints repeat from request to request. The SDK's sampler, batching, retries
 and OTLP connection stay as they are.
 """
@@ -9,7 +9,7 @@ and OTLP connection stay as they are.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from time import time_ns
 from typing import Self
@@ -28,13 +28,16 @@ from opentelemetry.trace import (
     SpanContext,
     SpanKind,
     TraceFlags,
+    get_current_span,
     set_span_in_context,
 )
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 Value = str | bool | int | float | tuple[str, ...] | tuple[int, ...] | tuple[float, ...]
 """Value of an attribute; hashable, so that its encoding can be remembered."""
 Attributes = dict[str, Value]
 
+_propagator = TraceContextTextMapPropagator()
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 _NOT_SAMPLED = TraceFlags(TraceFlags.DEFAULT)
 _CACHED_ATTRIBUTES = 4096
@@ -94,9 +97,9 @@ class Span:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.end()
 
-    def fail(self, error_type: str, message: str) -> None:
+    def fail(self, error_type: str, message: str, *, event: bool = True) -> None:
         """Set status ERROR, with an exception event as OpenTelemetry's conventions have it."""
-        self._error = (error_type, message, time_ns())
+        self._error = (error_type if event else "", message, time_ns())
 
     def end(self, end_ns: int | None = None) -> None:
         """End the span, now or at ``end_ns``."""
@@ -184,6 +187,21 @@ class FastSpanExporter(OTLPSpanExporter):
         return otlp_request([span for span in data if isinstance(span, Span)])
 
 
+def remote_parent(*carriers: Mapping[str, str]) -> SpanContext | None:
+    """The caller's span: that of the first carrier (headers by their names in lower case) that has a valid one."""
+    for carrier in carriers:
+        if "traceparent" in carrier:
+            context = get_current_span(_propagator.extract(carrier)).get_span_context()
+            if context.is_valid:
+                return context
+    return None
+
+
+def traceparent(context: SpanContext) -> str:
+    """W3C traceparent header of a span."""
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+
+
 def otlp_request(spans: Sequence[Span]) -> ExportTraceServiceRequest:
     """Ended spans as an OTLP request, grouped by resource and scope."""
     request = ExportTraceServiceRequest()
@@ -214,6 +232,8 @@ def _resource(resource: Resource) -> ResourceMessage:
 def _encode_error(message: trace_pb2.Span, error_type: str, text: str, time: int) -> None:
     message.status.code = trace_pb2.Status.STATUS_CODE_ERROR
     message.status.message = text
+    if not error_type:
+        return
     attributes = {"exception.type": error_type, "exception.message": text}
     message.events.add(
         name="exception",

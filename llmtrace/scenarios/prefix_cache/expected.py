@@ -1,4 +1,4 @@
-"""The prefix-cache scenario: its name, its two arms, and the trace that each of its requests must produce."""
+"""The prefix-cache scenario's name, its two arms, and the trace that each of its requests must produce."""
 
 from __future__ import annotations
 

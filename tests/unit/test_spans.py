@@ -3,15 +3,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from memory import Memory
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, Sampler, TraceIdRatioBased
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
-from picking import Memory
 
-from llmtrace.picker.spans import FastSpanExporter, Span, Tracer, otlp_request
+from llmtrace.spans import FastSpanExporter, Span, Tracer, otlp_request
 from llmtrace.traces import otlp
 
 REMOTE = SpanContext(1 << 100, 7, True, TraceFlags(1), TraceState([("vendor", "x")]))

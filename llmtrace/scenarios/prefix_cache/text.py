@@ -1,4 +1,4 @@
-"""The prefix-cache answer and the smoke test's outcome as text for the terminal."""
+"""The prefix-cache answer as text for the terminal."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from llmtrace.scenarios.prefix_cache_answer import ArmAnswer, Check, PrefixCacheAnswer
-from llmtrace.scenarios.routing import MissedDecision
-from llmtrace.scenarios.smoke import Verification
+from llmtrace.scenarios.prefix_cache.answer import ArmAnswer, PrefixCacheAnswer
+from llmtrace.scenarios.prefix_cache.routing import MissedDecision
+from llmtrace.scenarios.text import check_text
 from llmtrace.stats import Distribution
 
-AGREES = {True: ("yes", "green"), False: ("no", "bold red"), None: ("-", "dim")}
 MOST_MISSED = 8
 """Missed decisions that the terminal shows; --json and --html have them all."""
 
@@ -42,7 +41,7 @@ def answer_text(found: PrefixCacheAnswer) -> Iterator[RenderableType]:
     yield Text()
     yield Text("Do the sources agree?", style="bold")
     for check in found.checks:
-        yield _check(check)
+        yield check_text(check)
     for note in found.notes:
         yield Text(f"note: {note}", style="yellow")
 
@@ -113,36 +112,3 @@ def _missed(missed: list[MissedDecision]) -> Table:
         chosen, warmer = f"{m.chosen} ({m.cached_tokens})", f"{m.warmer} ({m.warmer_tokens})"
         table.add_row(m.trace_id, m.arm, chosen, warmer, str(m.avoidable_tokens), Text(why))
     return table
-
-
-def _check(check: Check) -> Text:
-    word, style = AGREES[check.ok]
-    text = Text.assemble((f"{word:<4}", style), f"{check.name}: {check.detail}")
-    for line in check.disagreements:
-        text.append(f"\n    {line}")
-    return text
-
-
-def verification_text(result: Verification) -> Iterator[RenderableType]:
-    """The smoke test's outcome, trace by trace."""
-    for trace in result.traces:
-        good = not trace.problems
-        yield Text.assemble(
-            ("ok  " if good else "BAD ", "green" if good else "bold red"),
-            f"{trace.trace_id}  {trace.arm}  {trace.spans} spans",
-        )
-        for problem in trace.problems:
-            yield Text(f"    {problem.component}: {problem.message}" + (f" ({problem.hint})" if problem.hint else ""))
-    for failure in result.failed_requests:
-        yield Text(f"    a request failed: {failure}", style="red")
-    bad = sum(bool(t.problems) for t in result.traces)
-    blamed = sorted({p.component for t in result.traces for p in t.problems})
-    tolerance = f"clock tolerance {result.clock_tolerance_ms:g} ms"
-    if result.ok:
-        yield Text(f"{len(result.traces)} traces, each one complete tree ({tolerance})", style="bold green")
-    else:
-        yield Text(
-            f"{bad} of {len(result.traces)} traces are wrong; look at: "
-            f"{', '.join(blamed) or 'the gateways'} ({tolerance})",
-            style="bold red",
-        )

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from importlib.metadata import version
 
 import altair as alt
-import vl_convert
 
-from llmtrace.scenarios.prefix_cache_answer import ArmAnswer, PrefixCacheAnswer
+from llmtrace.scenarios.page import checks_table, escaped, page, plots, table
+from llmtrace.scenarios.prefix_cache.answer import ArmAnswer, PrefixCacheAnswer
 from llmtrace.stats import Distribution
 
 COLOURS = {"prefix-aware": "#1b7f79", "random": "#c8553d"}
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
-body { color: #1d2327; }
-table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; }
-th, td { text-align: left; padding: 0.25rem 0.75rem; border-bottom: 1px solid #dde1e4; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; }
-.verdict { font-size: 1.15rem; border-left: 0.35rem solid #1b7f79; padding-left: 1rem; }
-"""
 
 
 def prefix_cache_html(found: PrefixCacheAnswer) -> str:
@@ -28,38 +19,21 @@ def prefix_cache_html(found: PrefixCacheAnswer) -> str:
     chart = alt.hconcat(_ttft(found), _shares(found.arms), spacing=40).resolve_scale(color="shared")
     title = f"prefix-cache, run {found.run_id}"
     parts = [
-        f"<h1>{_e(title)}</h1>",
-        f"<p>Model {_e(found.model)}, llmtrace {_e(version('llmtrace'))}. All numbers are from traces.</p>",
-        f'<p class="verdict">{_e(found.verdict)}</p>',
-        _plots(chart),
+        f"<p>Model {escaped(found.model)}, llmtrace {escaped(version('llmtrace'))}. All numbers are from traces.</p>",
+        f'<p class="verdict">{escaped(found.verdict)}</p>',
+        plots(chart),
         "<h2>Prompt tokens from the cache</h2>",
         _endpoints(found.arms),
         "<h2>Latency in milliseconds</h2>",
         _latencies(found.arms),
         "<h2>Decisions that missed a warmer endpoint</h2>",
-        *(f"<p>{_e(_missed_sentence(arm))}</p>" for arm in found.arms),
+        *(f"<p>{escaped(_missed_sentence(arm))}</p>" for arm in found.arms),
         _missed(found),
         "<h2>Do the sources agree?</h2>",
-        _checks(found),
-        *(f"<p>Note: {_e(note)}.</p>" for note in found.notes),
+        checks_table(found.checks),
+        *(f"<p>Note: {escaped(note)}.</p>" for note in found.notes),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f"<title>{_e(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n"
-    )
-
-
-def _plots(chart: alt.HConcatChart) -> str:
-    """The chart with the Vega libraries that draw it inside the page."""
-    vega_lite = alt.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0]
-    library = vl_convert.javascript_bundle(vl_version=vega_lite)  # type: ignore[call-arg]  # snippet is optional
-    spec = chart.to_json(indent=None).replace("<", "\\u003c")
-    return (
-        f'<div id="plots"></div>\n<script>{library}</script>\n'
-        f'<script>vegaEmbed("#plots", {spec}, {{actions: false, mode: "vega-lite"}});</script>'
-    )
+    return page(title, parts)
 
 
 def _ttft(found: PrefixCacheAnswer) -> alt.LayerChart | alt.FacetChart:
@@ -126,22 +100,8 @@ def _shares(arms: Iterable[ArmAnswer]) -> alt.Chart:
     return chart
 
 
-def _e(value: object) -> str:
-    return html.escape(str(value))
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    def cell(tag: str, value: object) -> str:
-        numeric = isinstance(value, str) and value[:1].isdigit() and tag == "td" and len(value) < 14
-        return f"<{tag}{' class=n' if numeric else ''}>{_e(value)}</{tag}>"
-
-    lines = ["<tr>" + "".join(cell("th", h) for h in head) + "</tr>"]
-    lines += ["<tr>" + "".join(cell("td", value) for value in row) + "</tr>" for row in rows]
-    return "<table>\n" + "\n".join(lines) + "\n</table>"
-
-
 def _endpoints(arms: Iterable[ArmAnswer]) -> str:
-    return _table(
+    return table(
         ["arm", "endpoint", "requests", "prompt tokens", "cached tokens", "hit share", "vLLM's counter"],
         [
             (
@@ -175,7 +135,7 @@ def _latencies(arms: Iterable[ArmAnswer]) -> str:
             for name, d in measures.items()
             if d is not None
         ]
-    return _table(["arm", "measure", "requests", "mean", "p50", "p95"], rows)
+    return table(["arm", "measure", "requests", "mean", "p50", "p95"], rows)
 
 
 def _missed_sentence(arm: ArmAnswer) -> str:
@@ -186,7 +146,7 @@ def _missed_sentence(arm: ArmAnswer) -> str:
 
 
 def _missed(found: PrefixCacheAnswer) -> str:
-    return _table(
+    return table(
         [
             "trace",
             "arm",
@@ -211,15 +171,5 @@ def _missed(found: PrefixCacheAnswer) -> str:
                 m.source,
             )
             for m in found.missed
-        ],
-    )
-
-
-def _checks(found: PrefixCacheAnswer) -> str:
-    return _table(
-        ["check", "agrees", "detail", "disagreements"],
-        [
-            (c.name, {True: "yes", False: "no", None: "-"}[c.ok], c.detail, "; ".join(c.disagreements))
-            for c in found.checks
         ],
     )

@@ -1,0 +1,1 @@
+"""What tracing costs an inference server: see docs/overhead.md."""

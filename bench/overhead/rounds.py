@@ -1,0 +1,144 @@
+"""The measurement: rounds in which every cell gets the same requests, one server at a time, in shuffled order."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.overhead import load
+from bench.overhead.plans import BUILT_IN, PLUGIN, Cell, Plan, Variant
+from bench.overhead.servers import Cpu, Memory, Server, serve
+from bench.sink import Counts
+
+SETTLE_S = 0.75
+"""After a load, so that the last batch of spans is exported, and paid for, before the next server's turn."""
+WARM_UP_ROUNDS = 2
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One cell in one round."""
+
+    cell: Cell
+    start: int
+    round: int
+    load: load.Load
+    sampled: int
+    """Requests of it that were sampled."""
+    cpu: Cpu
+    """Seconds, for all of the requests."""
+    exported: Counts
+
+
+@dataclass(frozen=True)
+class Usage:
+    """One server at the end of its life."""
+
+    variant: Variant
+    start: int
+    memory: Memory
+    sampled: int
+    """Sampled requests in all, warm-up included."""
+    exported: Counts
+    """What its collector took of them."""
+    complaints: int
+    """Lines about exports and drops in its log."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything from one plan."""
+
+    plan: Plan
+    samples: list[Sample]
+    usages: list[Usage]
+
+
+def measure(plan: Plan, model: Path, plugin: Path, folder: Path, say: Say) -> Measured:
+    """Run ``plan`` with ``model``; ``plugin`` is the folder with the plugin, ``folder`` takes the logs."""
+    measured = Measured(plan, [], [])
+    for start in range(plan.starts):
+        say(f"{plan.model}: starting {len(plan.variants)} servers ({start + 1} of {plan.starts})")
+        logs = folder / f"{model.name}-{start}"
+        logs.mkdir()
+        with serve(model, plan.variants, plugin, logs) as servers:
+            _Start(plan, start, servers, say).run(measured)
+    return measured
+
+
+class _Start:
+    """The rounds of one set of servers."""
+
+    def __init__(self, plan: Plan, start: int, servers: dict[Variant, Server], say: Say) -> None:
+        self._plan = plan
+        self._start = start
+        self._servers = servers
+        self._say = say
+        self._sampled = dict.fromkeys(servers, 0)
+        # vLLM traces its own start as well.
+        self._before = {variant: server.exported() for variant, server in servers.items()}
+
+    def run(self, measured: Measured) -> None:
+        for number in range(-WARM_UP_ROUNDS, 0):
+            for variant in self._servers:
+                self._cell(Cell(variant, 1.0), number)
+        self._check_spans()
+        for number in range(self._plan.rounds):
+            cells = list(self._plan.cells)
+            random.Random(f"{self._start} {number}").shuffle(cells)
+            began = time.monotonic()
+            measured.samples.extend(self._cell(cell, number) for cell in cells)
+            self._say(
+                f"{self._plan.model}: round {number + 1} of {self._plan.rounds}, {time.monotonic() - began:.0f} s"
+            )
+        for variant, server in self._servers.items():
+            sampled = self._sampled[variant] if variant.traced else 0
+            measured.usages.append(
+                Usage(variant, self._start, server.memory(), sampled, self._exported(variant), server.complaints())
+            )
+
+    def _cell(self, cell: Cell, number: int) -> Sample:
+        plan, server = self._plan, self._servers[cell.variant]
+        ids = random.Random(f"{self._start} {number} {cell.name}")
+        asked = load.requests(number, plan.requests, plan.prompt_tokens, plan.output_tokens, plan.vocabulary)
+        flags = [ids.random() < cell.sampling for _ in asked]
+        messages = [
+            load.encode(request, salt=f"{self._start}-{number}-{cell.name}", sampled=flag, ids=ids)
+            for request, flag in zip(asked, flags, strict=True)
+        ]
+        cpu, exported = server.cpu(), server.exported()
+        done = load.drive(server.port, messages, plan.concurrency)
+        time.sleep(SETTLE_S)
+        self._sampled[cell.variant] += sum(flags)
+        if done.tokens != sum(request.max_tokens for request in asked):
+            sys.exit(f"{cell.variant.name} made {done.tokens} tokens, not those asked for; its log: {server.log}")
+        return Sample(
+            cell,
+            self._start,
+            number,
+            done,
+            sum(flags),
+            server.cpu().since(cpu),
+            server.exported().since(exported),
+        )
+
+    def _exported(self, variant: Variant) -> Counts:
+        return self._servers[variant].exported().since(self._before[variant])
+
+    def _check_spans(self) -> None:
+        """End the program where a server does not trace as its variant says: its numbers would mean nothing."""
+        for variant, least, most in ((BUILT_IN, 1, 1), (PLUGIN, 3, 4)):
+            server = self._servers.get(variant)
+            if server is None:
+                continue
+            sampled, spans = self._sampled[variant], self._exported(variant).spans
+            if not least * sampled <= spans <= most * sampled:
+                sys.exit(
+                    f"{variant.name}: {spans} spans for {sampled} requests; its log:\n{server.log.read_text()[-4000:]}"
+                )

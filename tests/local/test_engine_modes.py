@@ -1,0 +1,116 @@
+"""The plugin where vLLM works otherwise: speculative decoding, data parallelism, several API servers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from engine_servers import MODEL, ModelServer, in_trace, new_trace_id, serving
+from engine_trees import settle, trees
+from engine_workload import Planned, completion, mixed, send
+from loopback import Receiver, receiving, sample_sum, until
+
+from llmtrace.semconv import attributes as names
+from llmtrace.semconv.conformance import check
+from llmtrace.traces.model import Span
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
+
+RANKS = API_SERVERS = 2
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[Receiver]:
+    with receiving() as receiver:
+        yield receiver
+
+
+def test_speculative_decoding(receiver: Receiver, tmp_path: Path) -> None:
+    speculation = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+    server = ModelServer(
+        tmp_path, receiver, *("--max-model-len", "1024", "--speculative-config", json.dumps(speculation))
+    )
+    # A model without sense repeats itself where it is greedy, and does not where it is not.
+    planned = [
+        completion("speculation", f"{number} one two one two one two", 40 + number, temperature=number % 2)
+        for number in range(20)
+    ]
+    with serving(server):
+        before = server.metrics()
+        asyncio.run(send(server, planned, 8))
+        after = server.metrics()
+        settle(server, receiver)
+    found = [tree for request in planned for tree in trees(receiver.trace(request.trace_id))]
+    assert len(found) == len(planned)
+    for name, attribute in (
+        ("num_draft_tokens", names.DRAFT_TOKENS),
+        ("num_accepted_tokens", names.ACCEPTED_TOKENS),
+    ):
+        grown, past = (sample_sum(page, f"vllm:spec_decode_{name}_total") for page in (after, before))
+        assert sum(tree.number(attribute) for tree in found) == grown - past > 0
+    for tree in found:
+        drafts = tree.number(names.DRAFT_TOKENS)
+        if drafts:
+            assert tree.said(names.ACCEPTANCE_RATE) == tree.number(names.ACCEPTED_TOKENS) / drafts
+        assert tree.number(names.OUTPUT_TOKENS) == tree.vllm(names.VLLM_COMPLETION_TOKENS)
+    assert check(receiver.trace(request.trace_id) for request in planned).findings == []
+
+
+def api_server_of(span: Span) -> object:
+    """The process that sent the span."""
+    return span.resource["vllm.process_id"]
+
+
+def test_two_engines_behind_two_api_servers(receiver: Receiver, tmp_path: Path) -> None:
+    """Each request once, with the rank of the engine that had it; also one whose client hangs up."""
+    server = ModelServer(
+        tmp_path,
+        receiver,
+        *("--max-model-len", "1024", "--max-num-seqs", "4"),
+        *("--data-parallel-size", str(RANKS), "--api-server-count", str(API_SERVERS)),
+    )
+    planned = mixed(39, seed=11)
+    given_up = [completion("given up", f"{number} z", 900, stream=True, hang_up_after=4) for number in range(6)]
+    with serving(server):
+        before = server.metrics()
+        asyncio.run(send(server, planned, 12))
+        after = server.metrics()
+        asyncio.run(send(server, given_up, 6))
+        wait_for_all(server, receiver, [*planned, *given_up])
+    found = [tree for request in planned for tree in trees(receiver.trace(request.trace_id))]
+    assert len(found) == sum(request.engine_requests for request in planned)
+    ranks = Counter(tree.said(names.DP_RANK) for tree in found)
+    for rank in range(RANKS):
+        grown, past = (sample_sum(page, "vllm:request_success_total", engine=str(rank)) for page in (after, before))
+        assert ranks[rank] == grown - past > 0
+    for tree in found:
+        assert len({span.attributes[names.DP_RANK] for span in tree.phases}) == 1
+        assert {api_server_of(span) for span in tree.phases} == {api_server_of(tree.request)}
+    assert len({api_server_of(tree.request) for tree in found}) == API_SERVERS
+    ended = Counter(tree.reason for request in given_up for tree in trees(receiver.trace(request.trace_id)))
+    assert ended["abort"] >= len(given_up) / 2
+
+
+def wait_for_all(server: ModelServer, receiver: Receiver, planned: list[Planned]) -> None:
+    """Until every request's spans are there, and then until each API server has sent those of a later request."""
+    for request in planned:
+        until(
+            lambda request=request: (
+                len(receiver.trace(request.trace_id).named(names.SERVER_SPAN)) >= request.engine_requests
+            ),
+            f"the spans of a request of kind {request.kind}",
+        )
+    seen: set[object] = set()
+    for _ in range(40):
+        trace_id = new_trace_id()
+        with server.connect() as another:
+            body = {"model": MODEL, "prompt": "x", "max_tokens": 1}
+            another.post("/v1/completions", json=body, headers=in_trace(trace_id)).raise_for_status()
+        seen |= {api_server_of(span) for span in receiver.wait(trace_id, 3)}
+        if len(seen) == API_SERVERS:
+            return
+    pytest.fail(f"40 requests went to {len(seen)} API server")
