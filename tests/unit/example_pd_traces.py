@@ -20,7 +20,8 @@ DECIDERS = {
     "never-split": ("prefix-based-pd-decider", 0, 0),
 }
 KV_BLOCK = 32
-BYTES_PER_TOKEN = 23_040
+BLOCK_BYTES = 737_280
+"""Of SmolLM2-135M: 30 layers, keys and values, three heads of 64 numbers of two bytes, for each token of the block."""
 TENANTS = ("greenhouse", "harbour", "library", "observatory")
 EPP, SIDECAR, VLLM = "llm-d-epp", "llm-d-disagg-sidecar", "vllm"
 
@@ -90,6 +91,8 @@ class Request:
     prefill_endpoints: int = 1
     upstream: bool = False
     plugin: bool = True
+    whole_blocks: bool = False
+    """vLLM 0.9 transfers only blocks that are full; the newer ones transfer all that the decode server lacks."""
     run_id: str = "run-1"
 
 
@@ -108,13 +111,13 @@ def pd_trace(request: Request | None = None, /, **changes: object) -> Trace:
 
 
 def _client(r: Request, end: float) -> dict[str, object]:
-    everything = r.prompt // KV_BLOCK * KV_BLOCK
     return {
         "gen_ai.operation.name": "chat",
         "gen_ai.request.model": "smol",
         "gen_ai.usage.input_tokens": r.prompt,
         "gen_ai.usage.output_tokens": r.output,
-        "gen_ai.usage.cache_read.input_tokens": max(everything, r.cached) if r.split else r.cached,
+        # Of a split request vLLM reports what the prefill server had cached.
+        "gen_ai.usage.cache_read.input_tokens": 0 if r.split else r.cached,
         "llmtrace.client.ttft_ms": r.ttft_ms,
         "llmtrace.client.e2e_ms": end,
         "llmtrace.scenario.name": "pd-disaggregation",
@@ -348,7 +351,9 @@ def _engine(b: _Builder, r: Request, parent: int, server: str, start: float, end
     if not r.plugin:
         return
     local = 0 if prefills else r.cached
-    external = 0 if prefills or alone else max(r.prompt // KV_BLOCK * KV_BLOCK - r.cached, 0)
+    there = r.prompt // KV_BLOCK * KV_BLOCK if r.whole_blocks else r.prompt
+    external = 0 if prefills or alone else max(there - r.cached, 0)
+    blocks = -(-external // KV_BLOCK)
     cursor = start + 0.5
 
     def phase(name: str, until: float, **told: object) -> None:
@@ -360,8 +365,8 @@ def _engine(b: _Builder, r: Request, parent: int, server: str, start: float, end
     if external:
         load: dict[str, object] = {
             "llmtrace.kv_load.tokens": external,
-            "llmtrace.kv_load.blocks": external // KV_BLOCK,
-            "llmtrace.kv_load.bytes": external * BYTES_PER_TOKEN,
+            "llmtrace.kv_load.blocks": blocks,
+            "llmtrace.kv_load.bytes": blocks * BLOCK_BYTES,
             "llmtrace.kv_load.failed": False,
             "llmtrace.kv_load.remote_engine_id": "engine-prefill-0",
         }

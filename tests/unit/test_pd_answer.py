@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from example_pd_traces import ARMS, KV_BLOCK, Request, pd_block, pd_run, pd_trace
+from example_pd_traces import ARMS, BLOCK_BYTES, KV_BLOCK, Request, pd_block, pd_run, pd_trace
 from example_traces import changed
 from rich.console import Console
 
@@ -163,13 +163,13 @@ def test_the_cost_of_the_kv_transfer_by_pair_of_servers() -> None:
         ("prefill-0", "decode-1", 2, 0),
     ]
     one, two = found.transfers
-    assert (one.tokens, one.blocks, one.bytes) == (1632, 51, 1632 * 23_040)
-    assert two.blocks == 102
+    assert (one.tokens, one.blocks, one.bytes) == (1640, 52, 52 * BLOCK_BYTES)
+    assert two.blocks == 104
     assert one.wait is not None
     assert one.transfer is not None
     assert one.ttft_share is not None
     assert (one.wait.p50, one.transfer.p50, one.ttft_share.p50) == pytest.approx((50, 20, 50 / 900))
-    assert two.bytes_per_s == pytest.approx(1632 * 23_040 / 0.020)
+    assert two.bytes_per_s == pytest.approx(52 * BLOCK_BYTES / 0.020)
 
 
 def test_the_parts_of_the_time_to_first_token_add_up() -> None:
@@ -227,7 +227,7 @@ def test_one_sentence_a_request_with_its_numbers_and_trace() -> None:
     assert split.sentence == (
         "split: 1,608 of 1,640 prompt tokens were not cached on decode-0 (threshold 512); "
         "waiting: 1 at decode-0, 0 at prefill-0; prefill on prefill-0 took 802 ms, "
-        "KV transfer 36.9 MB in 50 ms (13 ms of it the transfer alone), 5.6 % of TTFT"
+        "KV transfer 37.6 MB in 50 ms (13 ms of it the transfer alone), 5.6 % of TTFT"
     )
     below = replace(request, split=False, reason="uncached_below_threshold", cached=1536)
     found = answer("run-1", [pd_trace(below)])
@@ -257,8 +257,8 @@ def test_one_sentence_a_request_with_its_numbers_and_trace() -> None:
         ),
         ({"arm": "always-split", "reason": "always", "split": True}, "every request is split, 1,640 [derived] of"),
         ({"upstream": True}, "the trace does not tell why, 1,640 [derived] of 1,640 [derived] prompt tokens"),
-        ({"split": True, "cached": 1632}, "took 822 ms, no KV was transferred"),
-        ({"split": True, "transfer_ms": None}, "KV transfer 37.6 MB in 30 ms, 3.3 % of TTFT"),
+        ({"split": True, "cached": 1632, "whole_blocks": True}, "took 822 ms, no KV was transferred"),
+        ({"split": True, "transfer_ms": None}, "KV transfer 38.3 MB in 30 ms, 3.3 % of TTFT"),
     ],
 )
 def test_every_reason_has_its_words(changes: dict[str, Any], words: str) -> None:

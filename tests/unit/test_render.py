@@ -48,8 +48,8 @@ def test_the_tree_shows_the_choice_the_legs_and_the_kv_in_short() -> None:
         "decode default/decode-0 waiting 1 prefill default/prefill-0 waiting 0",
         "split True prefill at 127.0.0.1:8101",
         "to http://127.0.0.1:8101/v1/chat/completions status 200",
-        "size 36.9 MB blocks 50 tokens 1600 transfer ms 12.5 from engine engine-prefill-0",
-        "prompt 1640 cached 32 loaded 1600 computed 8 chunks 1",
+        "size 37.6 MB blocks 51 tokens 1608 transfer ms 12.5 from engine engine-prefill-0",
+        "prompt 1640 cached 32 loaded 1608 computed 0 chunks 1",
         "output 16 tpot ms",
     ):
         assert words.replace(" ", "") in shown, words

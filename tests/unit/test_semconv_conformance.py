@@ -240,7 +240,7 @@ BAD = aged(changed(UPSTREAM, "pick_endpoints", {"mine": 1}), 600)
 
 def test_the_command_passes_good_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     code, output = invoke(monkeypatch, [OLD])
-    assert (code, output.strip()) == (0, "1 traces, 12 spans: all as declared")
+    assert (code, output.strip()) == (0, "1 traces, 15 spans: all as declared")
 
 
 def test_the_command_fails_with_a_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from llmtrace.stack import Stack
 from llmtrace.traces.model import Trace
 
 SPLIT_WITHOUT_LOAD = "split_without_load"
-"""Split although the decode server lacked less than a KV block: nothing is transferred."""
+"""Split although there was nothing to load: a vLLM that transfers only full KV blocks, and a prompt that lacks none."""
 EXPECTATIONS = {form: expectation(registry(), NAME, form) for form in (SPLIT, SPLIT_WITHOUT_LOAD, UNIFIED)}
 
 
