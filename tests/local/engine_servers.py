@@ -1,7 +1,7 @@
 """Private vLLM servers with the kit's plugin, for tests that need a server of their own.
 
 The vLLM is the one that ``llmtrace up`` installed; the plugin comes to it as into any image, from a folder on its
-path. The model is a tiny one with random weights.
+path. The model is a tiny one with random weights, unless another is given.
 """
 
 from __future__ import annotations
@@ -130,6 +130,7 @@ class ModelServer:
         *arguments: str,
         path: Sequence[Path] = (),
         environment: dict[str, str] | None = None,
+        model: Path | None = None,
     ) -> None:
         self.port = free_port()
         self.log = folder / f"vllm-{self.port}.log"
@@ -142,7 +143,7 @@ class ModelServer:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [
-                    *(vllm_python(), "-m", "vllm.entrypoints.cli.main", "serve", tiny_model()),
+                    *(vllm_python(), "-m", "vllm.entrypoints.cli.main", "serve", model or tiny_model()),
                     *("--served-model-name", MODEL, "--host", "127.0.0.1"),
                     *("--port", str(self.port), "--dtype", "bfloat16", "--enforce-eager"),
                     *("--block-size", str(BLOCK_SIZE), "--kv-cache-memory-bytes", str(KV_CACHE_BYTES)),

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
-import signal
-import socket
-import subprocess
 import tempfile
-import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from engine_servers import BLOCK_SIZE, MODEL, ModelServer, serving
+from loopback import receiving
 from opentelemetry.sdk.trace import TracerProvider
 
 from llmtrace.picker.endpoints import Endpoint, Pool
@@ -40,98 +38,45 @@ from llmtrace.stack import cache_home
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
 
-MODEL = "smollm2-135m"
-BLOCK_SIZE = 32
-"""Tokens; the CPU attention backend takes multiples of 32."""
 BLOCKS = 24
 """One of them is vLLM's own."""
-START_S = 200.0
-STOP_S = 20.0
 WAIT_S = 20.0
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 SERVER = "default/vllm"
-ENVIRONMENT = {
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "VLLM_SERVER_DEV_MODE": "1",  # for /reset_prefix_cache
-}
 
 
-def newest(pattern: str) -> Path:
-    found = sorted(path for path in cache_home().glob(pattern) if ".partial" not in str(path))
-    if not found:
-        pytest.fail(f"no {cache_home() / pattern}: `llmtrace up` installs it")
-    return found[-1]
-
-
+@dataclass(frozen=True)
 class Server:
-    """A vLLM server that publishes its events at sockets in ``folder``."""
+    """A model server, and the labels that say where it publishes its events."""
 
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
-        self.log = folder / "vllm.log"
-        self.labels = {
-            a.KV_EVENTS_LABEL: f"ipc://{folder}/kv",
-            a.KV_EVENTS_REPLAY_LABEL: f"ipc://{folder}/kv-replay",
-        }
-        events = {
-            "enable_kv_cache_events": True,
-            "publisher": "zmq",
-            "endpoint": self.labels[a.KV_EVENTS_LABEL],
-            "replay_endpoint": self.labels[a.KV_EVENTS_REPLAY_LABEL],
-            "topic": f"kv@{SERVER}@{MODEL}",
-        }
-        inherited = {n: v for n, v in os.environ.items() if not n.startswith(("OTEL_", "VLLM_", "PYTHONHASHSEED"))}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [
-                    *(newest("vllm/*/bin/python"), "-m", "vllm.entrypoints.openai.api_server"),
-                    *("--model", newest("model/SmolLM2-135M-Instruct-*"), "--served-model-name", MODEL),
-                    *("--host", "127.0.0.1", "--port", str(self.port), "--dtype", "bfloat16", "--enforce-eager"),
-                    *("--max-model-len", "640", "--block-size", str(BLOCK_SIZE), "--gpu-memory-utilization", "0.15"),
-                    *("--kv-cache-memory-bytes", str(32 << 20), "--num-gpu-blocks-override", str(BLOCKS)),
-                    *("--enable-prompt-tokens-details", "--enable-scale-out", "--kv-events-config", json.dumps(events)),
-                ],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**inherited, **ENVIRONMENT},
-                start_new_session=True,
-            )
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + START_S
-        while True:
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"vLLM does not serve after {START_S} s:\n{self.log.read_text(errors='replace')[-4000:]}")
-            with suppress(httpx.TransportError):
-                if httpx.get(f"http://127.0.0.1:{self.port}/health", trust_env=False).status_code == httpx.codes.OK:
-                    return
-            time.sleep(0.3)
-
-    def stop(self) -> None:
-        self.process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(STOP_S)
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+    port: int
+    labels: dict[str, str]
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with tempfile.TemporaryDirectory(prefix="llmtrace-kv-") as folder:
-        made = Server(Path(folder))
-        try:
-            made.wait()
-            yield made
-        finally:
-            made.stop()
+    models = sorted(cache_home().glob("model/SmolLM2-135M-Instruct-*[0-9]"))
+    if not models:
+        pytest.fail(f"no SmolLM2-135M-Instruct under {cache_home()}/model: `llmtrace up` prepares it")
+    with tempfile.TemporaryDirectory(prefix="llmtrace-kv-") as folder, receiving() as receiver:
+        labels = {a.KV_EVENTS_LABEL: f"ipc://{folder}/kv", a.KV_EVENTS_REPLAY_LABEL: f"ipc://{folder}/kv-replay"}
+        events = {
+            "enable_kv_cache_events": True,
+            "publisher": "zmq",
+            "endpoint": labels[a.KV_EVENTS_LABEL],
+            "replay_endpoint": labels[a.KV_EVENTS_REPLAY_LABEL],
+            "topic": f"kv@{SERVER}@{MODEL}",
+        }
+        started = ModelServer(
+            Path(folder),
+            receiver,
+            *("--max-model-len", "640", "--num-gpu-blocks-override", str(BLOCKS), "--gpu-memory-utilization", "0.15"),
+            *("--enable-scale-out", "--kv-events-config", json.dumps(events)),
+            environment={"VLLM_SERVER_DEV_MODE": "1"},  # for /reset_prefix_cache
+            model=models[-1],
+        )
+        with serving(started):
+            yield Server(started.port, labels)
 
 
 class Picker:

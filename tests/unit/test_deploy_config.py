@@ -130,9 +130,9 @@ def test_the_arms_differ_only_in_who_decides(disaggregated: Path, arm: str, deci
     assert config["schedulingProfiles"] == other["schedulingProfiles"]
 
 
-@pytest.mark.parametrize("scenario", ["prefix-cache", "pd-disaggregation"])
-def test_pickers_can_follow_the_servers_kv_caches(tmp_path: Path, scenario: str) -> None:
-    etc = render(tmp_path, {"scenario": scenario, "prefix_cache_producer": "precise", "vllm_block_size": 64})
+def test_pickers_can_follow_the_servers_kv_caches(tmp_path: Path) -> None:
+    changed = {"scenario": "pd-disaggregation", "prefix_cache_producer": "precise", "vllm_block_size": 64}
+    etc = render(tmp_path, changed)
     servers = read(etc / "endpoints.yaml")["endpoints"]
     assert len(servers) == 3
     for server in servers:
@@ -145,7 +145,7 @@ def test_pickers_can_follow_the_servers_kv_caches(tmp_path: Path, scenario: str)
         assert server["labels"]["llmtrace.kv-events-replay"] == events["replay_endpoint"]
         assert events["endpoint"].startswith(f"ipc://{tmp_path}/")
     pickers = [path for path in etc.glob("picker-*.yaml") if path.stem != "picker"]
-    assert len(pickers) == (2 if scenario == "prefix-cache" else 3)
+    assert len(pickers) == 3
     for path in pickers:
         loaded = config.load(path, Handle())
         assert [producer.type for producer in loaded.producers] == ["precise-prefix-cache-producer"]

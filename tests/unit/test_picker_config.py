@@ -277,4 +277,6 @@ def test_the_stacks_own_configurations_are_accepted(tmp_path: Path, arm: str, pr
         pd_threshold_tokens=512,
         prefix_cache_producer=producer,
     )
-    assert load(tmp_path, rendered).profiles[profile].scorers
+    loaded = load(tmp_path, rendered)
+    assert loaded.profiles[profile].scorers
+    assert [made.type for made in loaded.producers] == [f"{producer}-prefix-cache-producer"]
