@@ -17,6 +17,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -128,10 +129,12 @@ class ModelServer:
         folder: Path,
         receiver: Receiver,
         *arguments: str,
+        engines: int = 1,
         path: Sequence[Path] = (),
         environment: dict[str, str] | None = None,
         model: Path | None = None,
     ) -> None:
+        self.engines = engines
         self.port = free_port()
         self.log = folder / f"vllm-{self.port}.log"
         inherited = {
@@ -146,7 +149,14 @@ class ModelServer:
                     *(vllm_python(), "-m", "vllm.entrypoints.cli.main", "serve", model or tiny_model()),
                     *("--served-model-name", MODEL, "--host", "127.0.0.1"),
                     *("--port", str(self.port), "--dtype", "bfloat16", "--enforce-eager"),
-                    *("--block-size", str(BLOCK_SIZE), "--kv-cache-memory-bytes", str(KV_CACHE_BYTES)),
+                    *(
+                        "--data-parallel-size",
+                        str(engines),
+                        "--block-size",
+                        str(BLOCK_SIZE),
+                        "--kv-cache-memory-bytes",
+                        str(KV_CACHE_BYTES),
+                    ),
                     *("--enable-prompt-tokens-details", "--otlp-traces-endpoint", receiver.url, *arguments),
                 ],
                 stdout=log,
@@ -170,10 +180,20 @@ class ModelServer:
 
         try:
             until(ready, "vLLM's start", START_S, poll_s=0.5)
-            # On processors with AMX, vLLM 0.32 dies of its first step if that step computes a single token.
-            self.complete(prompt="warm up " * 8, max_tokens=2).raise_for_status()
+            self._warm_up()
         except (pytest.fail.Exception, httpx.HTTPError) as failure:
             pytest.fail(f"{failure}\n{self.tail()}")
+
+    def _warm_up(self) -> None:
+        """Have each engine compute some tokens at once.
+
+        On processors with AMX, vLLM 0.32 dies of a first step that computes only a few.
+        """
+        with ThreadPoolExecutor(2 * self.engines) as pool:
+            for answer in pool.map(
+                lambda number: self.complete(prompt=f"{number} warm up " * 8), range(2 * self.engines)
+            ):
+                answer.raise_for_status()
 
     def text(self) -> str:
         """The log, without colours."""

@@ -171,6 +171,39 @@ def test_everything_is_as_declared(counted: tuple[list[Answered], str, str], rec
     assert check(receiver.trace(item.planned.trace_id) for item in counted[0]).findings == []
 
 
+def check_aborted(tree: Tree) -> None:
+    assert tree.reason == "abort"
+    assert len(tree.events(names.ABORT_EVENT)) == 1
+    assert tree.said(names.FINISH_REASONS) == ["abort"]
+    assert tree.request.parent_id == "00000000000000aa"
+
+
+def abandoned(receiver: Receiver, requests: list[Planned]) -> list[Tree]:
+    """The trees of those among ``requests`` that ended because the client hung up.
+
+    On a busy machine vLLM may make all their tokens before it learns of it; those are whole, and do not count here.
+    """
+    found = []
+    for request in requests:
+        for tree in trees_of(receiver, request):
+            if tree.reason == "abort":
+                check_aborted(tree)
+                found.append(tree)
+            else:
+                assert (tree.reason, tree.number(names.OUTPUT_TOKENS)) == ("length", request.body["max_tokens"])
+    return found
+
+
+def wait_for(receiver: Receiver, requests: list[Planned]) -> None:
+    for request in requests:
+        until(
+            lambda request=request: (
+                len(receiver.trace(request.trace_id).named(names.SERVER_SPAN)) == request.engine_requests
+            ),
+            "the spans of a request that was given up",
+        )
+
+
 async def hang_up_in_the_queue(server: ModelServer, long: list[Planned], given_up: list[Planned]) -> None:
     """Fill the batch with ``long``, queue ``given_up`` behind them, let those hang up, and see the others through."""
     async with client(server) as connection:
@@ -195,39 +228,8 @@ def test_clients_that_hang_up_in_the_queue(server: ModelServer, receiver: Receiv
     for request in long:
         assert [tree.reason for tree in trees_of(receiver, request)] == ["length"]
     # One that had not come as far as the engine has no trace.
-    known = [request for request in given_up if receiver.of(request.trace_id)]
-    found = [tree for request in known for tree in trees_of(receiver, request)]
-    for tree in found:
-        check_aborted(tree)
+    found = abandoned(receiver, [request for request in given_up if receiver.of(request.trace_id)])
     assert len([tree for tree in found if tree.order == ["queue"]]) >= len(given_up) - BATCH
-
-
-def check_aborted(tree: Tree) -> None:
-    assert tree.reason == "abort"
-    assert len(tree.events(names.ABORT_EVENT)) == 1
-    assert tree.said(names.FINISH_REASONS) == ["abort"]
-    assert tree.request.parent_id == "00000000000000aa"
-
-
-def abandoned(receiver: Receiver, requests: list[Planned]) -> list[Tree]:
-    """The trees of those among ``requests`` that ended because the client hung up.
-
-    On a busy machine vLLM may make all their tokens before it learns of it; those are whole, and do not count here.
-    """
-    for request in requests:
-        until(
-            lambda request=request: (
-                len(receiver.trace(request.trace_id).named(names.SERVER_SPAN)) == request.engine_requests
-            ),
-            "the spans of a request that was given up",
-        )
-    found = [tree for request in requests for tree in trees_of(receiver, request)]
-    for tree in found:
-        if tree.reason == "abort":
-            check_aborted(tree)
-        else:
-            assert (tree.reason, tree.number(names.OUTPUT_TOKENS)) == ("length", LONG)
-    return [tree for tree in found if tree.reason == "abort"]
 
 
 def hanging_up(number: int) -> Planned:
@@ -239,6 +241,8 @@ def hanging_up(number: int) -> Planned:
 def test_clients_that_hang_up_in_the_middle(server: ModelServer, receiver: Receiver) -> None:
     given_up = [hanging_up(number) for number in range(9)]
     asyncio.run(send(server, [*given_up, *mixed(13, seed=8)], AT_ONCE))
+    wait_for(receiver, given_up)
+    settle(server, receiver)
     found = abandoned(receiver, given_up)
     assert len(found) >= 6
     assert any(tree.order[-1] == "decode" for tree in found)
@@ -249,6 +253,8 @@ def test_client_that_hangs_up_alone(server: ModelServer, receiver: Receiver) -> 
     given_up = [hanging_up(number) for number in range(0, 8, 2)]
     for request in given_up:
         asyncio.run(send(server, [request], 1))
+        wait_for(receiver, [request])
+        settle(server, receiver)
         if abandoned(receiver, [request]):
             return
     pytest.fail("vLLM made all tokens of four requests before it learned that their clients had hung up")
