@@ -55,6 +55,8 @@ class Loads:
 
     def updated(self) -> None:
         """The scheduler has taken the step's results in, and knows which of the loads failed."""
+        if not self._arrived:
+            return
         failed = getattr(self._scheduler, "failed_recving_kv_req_ids", ())
         for request_id, load in self._arrived.items():
             load.failed |= request_id in failed
