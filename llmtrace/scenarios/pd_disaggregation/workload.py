@@ -22,7 +22,7 @@ class PdWorkload(Workload):
     - *short*: a question alone.
     """
 
-    blocks: int = 3
+    blocks: int = 1
     conversations: int = 1
     turns: int = 3
 
