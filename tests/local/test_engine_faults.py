@@ -112,7 +112,10 @@ class Faulty:
         spans = self.receiver.wait(trace_id, 4)
         assert [span.name for span in spans] == [names.SERVER_SPAN] * 4
         assert process == ENGINE_CORE or all(names.FINISH_REASONS not in span.attributes for span in spans)
-        assert self.receiver.of(given_up.trace_id) == []
+        # Nothing, or, where the server noticed too late that the client is gone, what vLLM makes for any request.
+        late = self.receiver.of(given_up.trace_id)
+        assert [span.name for span in late] in ([], [names.SERVER_SPAN])
+        assert process == ENGINE_CORE or all(names.FINISH_REASONS not in span.attributes for span in late)
 
 
 @pytest.fixture(scope="module")
