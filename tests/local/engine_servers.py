@@ -121,6 +121,12 @@ def _run(*command: str | Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+needs_cores = pytest.mark.skipif(
+    (os.cpu_count() or 1) < 4,
+    reason="vLLM's processes spin while they wait; with fewer than 4 cores a server notices too late that a client hung up",
+)
+
+
 class ModelServer:
     """A vLLM server on a free port, in a process group of its own."""
 
