@@ -123,7 +123,7 @@ def _run(*command: str | Path) -> None:
 
 needs_cores = pytest.mark.skipif(
     (os.cpu_count() or 1) < 4,
-    reason="vLLM's processes spin while they wait; with fewer than 4 cores a server notices too late that a client hung up",
+    reason="vLLM's processes spin while they wait; on fewer than 4 cores a hang-up is noticed too late",
 )
 
 
