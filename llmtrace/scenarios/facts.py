@@ -8,6 +8,9 @@ from dataclasses import dataclass, field, replace
 from llmtrace.semconv import attributes as a
 from llmtrace.traces.model import Attributes, AttributeValue, Span, Trace
 
+USUAL_KV_BLOCK_SIZE = 16
+"""Tokens; vLLM's default on GPUs."""
+
 
 @dataclass(frozen=True)
 class Scorer:
@@ -142,6 +145,16 @@ def read_blocks(traces: Iterable[Trace]) -> list[Block]:
             )
         )
     return sorted(blocks, key=lambda b: (b.block, b.arm))
+
+
+def kv_block_size_of(blocks: Iterable[Block]) -> tuple[int, list[str]]:
+    """Tokens in a KV block of the servers, and a note for people where the traces do not tell."""
+    told = next((b.kv_block_size for b in blocks if b.kv_block_size), None)
+    if told is not None:
+        return told, []
+    return USUAL_KV_BLOCK_SIZE, [
+        f"the traces do not tell the KV block size; vLLM's usual {USUAL_KV_BLOCK_SIZE} tokens are assumed"
+    ]
 
 
 def read_requests(traces: Iterable[Trace]) -> list[Served]:

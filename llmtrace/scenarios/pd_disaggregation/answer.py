@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from llmtrace.errors import UserError
 from llmtrace.scenarios.checks import Check
-from llmtrace.scenarios.facts import read_blocks
+from llmtrace.scenarios.facts import kv_block_size_of, read_blocks
 from llmtrace.scenarios.pd_disaggregation.arms import ARMS, BY_THRESHOLD, NAME
 from llmtrace.scenarios.pd_disaggregation.checks import run_checks
 from llmtrace.scenarios.pd_disaggregation.latency import (
@@ -116,11 +116,7 @@ def answer(run_id: str, traces: Iterable[Trace], *, seed: int = 0) -> PdAnswer:
     requests = [r for r in read_handled(traces, blocks) if r.served.arm in ARMS]
     if not requests:
         raise UserError(f"the store has no measured requests of run {run_id}; run `llmtrace run {NAME}` again")
-    notes = []
-    kv_block_size = next((b.kv_block_size for b in blocks if b.kv_block_size), None)
-    if kv_block_size is None:
-        kv_block_size = 16
-        notes.append("the traces do not tell the KV block size; vLLM's usual 16 tokens are assumed")
+    kv_block_size, notes = kv_block_size_of(blocks)
     good = [r for r in requests if not r.served.failed]
     found = triples(good)
     comparisons = compare_arms([r.served for r in good], seed)

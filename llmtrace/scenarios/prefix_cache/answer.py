@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from llmtrace.errors import UserError
 from llmtrace.scenarios.checks import Check, Prefilled, counters, equal, every_request_has_its_trace
-from llmtrace.scenarios.facts import Block, Served, read_blocks, read_requests
+from llmtrace.scenarios.facts import Block, Served, kv_block_size_of, read_blocks, read_requests
 from llmtrace.scenarios.pairing import Conclusion, by_pair, conclude
 from llmtrace.scenarios.prefix_cache.expected import ARMS, BASELINE, CANDIDATE
 from llmtrace.scenarios.prefix_cache.routing import MissedDecision, missed_decisions
@@ -112,11 +112,7 @@ def answer(run_id: str, traces: Iterable[Trace], *, seed: int = 0) -> PrefixCach
     blocks, served = read_blocks(traces), read_requests(traces)
     if not served:
         raise UserError(f"the store has no measured requests of run {run_id}; run `llmtrace run prefix-cache` again")
-    notes = []
-    kv_block_size = next((b.kv_block_size for b in blocks if b.kv_block_size), None)
-    if kv_block_size is None:
-        kv_block_size = 16
-        notes.append("the traces do not tell the KV block size; vLLM's usual 16 tokens are assumed")
+    kv_block_size, notes = kv_block_size_of(blocks)
     missed = missed_decisions(served, kv_block_size)
     if any(m.source == "derived" for m in missed):
         notes.append(
