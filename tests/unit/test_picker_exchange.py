@@ -196,6 +196,16 @@ def test_without_it_under_the_callers(picker: Picker) -> None:
     assert {s.parent_id for s in picker.spans if s.name == a.GATEWAY_SPAN} == {"2" * 16}
 
 
+def test_a_caller_whose_trace_is_not_continued_is_linked(picker: Picker) -> None:
+    for told in (CLIENT, "garbage", ENVOY):
+        exchange = picker.exchange({"traceparent": ENVOY})
+        route(exchange, **{a.CALLER_HEADER: told})
+        exchange.close()
+    linked = [span.links for span in picker.spans if span.name == a.GATEWAY_SPAN]
+    trace_id, span_id = CLIENT.split("-")[1:3]
+    assert [[(link.trace_id, link.span_id) for link in links] for links in linked] == [[(trace_id, span_id)], [], []]
+
+
 def test_without_tracing_the_callers_context_goes_on_untouched(tmp_path: Path) -> None:
     picker = Picker(tmp_path)
     off = Tracer(TracerProvider(), None, "off")
