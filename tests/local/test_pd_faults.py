@@ -8,8 +8,6 @@ starts again what a test kills.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -25,23 +23,25 @@ import psutil
 import pytest
 from engine_servers import in_trace, new_trace_id
 from loopback import free_port, sample_sum, until
+from stored import trace_of
 
+from bench.processes import process
 from llmtrace.deploy import health
 from llmtrace.deploy.supervisor import Supervisor
 from llmtrace.semconv import attributes as names
 from llmtrace.stack import Server, Stack
 from llmtrace.traces.model import Span, Trace
-from llmtrace.traces.tempo import TempoClient
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
 CLIENT_S = 60.0
 """A client that waits longer has been left hanging."""
 RECOVERY_S = 300.0
-SPANS_S = 30.0
 ALWAYS, NEVER = "always-split", "never-split"
 PREFILL = "prefill-0"
 DECODERS = ("decode-0", "decode-1")
+SIDECAR = names.SIDECAR_SERVICE
+SIDECAR_SPAN = f"{names.SIDECAR_SPAN_PREFIX}POST /v1/chat/completions"
 LONG = 2_500
 """Prompt tokens of which a server needs more than a second for the prefill."""
 SHORT = 300
@@ -118,22 +118,22 @@ def metric(stack: Stack, name: str, metric: str) -> float:
     return sample_sum(page, f"vllm:{metric}")
 
 
-def family(stack: Stack, process: str) -> list[psutil.Process]:
+def family(stack: Stack, name: str) -> list[psutil.Process]:
     """A supervised process and all below it."""
-    (pid,) = [each.pid for each in Supervisor(stack.supervisor_socket).processes() if each.name == process]
+    (pid,) = [each.pid for each in Supervisor(stack.supervisor_socket).processes() if each.name == name]
     parent = psutil.Process(pid)
     return [parent, *parent.children(recursive=True)]
 
 
-def kill(stack: Stack, process: str) -> None:
+def kill(stack: Stack, name: str) -> None:
     """End it at once, with all its processes."""
-    for each in family(stack, process):
+    for each in family(stack, name):
         each.kill()
 
 
 @contextmanager
-def suspended(stack: Stack, *processes: str) -> Iterator[None]:
-    found = [each for process in processes for each in family(stack, process)]
+def suspended(stack: Stack, *supervised: str) -> Iterator[None]:
+    found = [each for name in supervised for each in family(stack, name)]
     for each in found:
         each.suspend()
     try:
@@ -145,27 +145,11 @@ def suspended(stack: Stack, *processes: str) -> Iterator[None]:
 
 def serving_decoder(stack: Stack) -> str:
     """The decode server that has a request."""
-    found: list[str] = []
 
-    def some() -> bool:
-        found[:] = [name for name in DECODERS if metric(stack, name, "num_requests_running")]
-        return bool(found)
+    def running() -> list[str]:
+        return [name for name in DECODERS if metric(stack, name, "num_requests_running")]
 
-    until(some, "a decode server that runs the request", CLIENT_S)
-    return found[0]
-
-
-def trace_of(stack: Stack, trace_id: str, *wanted: tuple[str, str]) -> Trace:
-    """The trace, once it has a span of each service and name in ``wanted``."""
-    found: list[Trace] = []
-
-    def there() -> bool:
-        trace = TempoClient(stack.store).trace(trace_id)
-        have = {(span.service, span.name) for span in trace.spans} if trace else set()
-        found[:] = [trace] if trace and have >= set(wanted) else []
-        return bool(found)
-
-    until(there, f"{wanted} in trace {trace_id}", SPANS_S, poll_s=0.2)
+    found: list[str] = until(running, "a decode server that runs the request", CLIENT_S)
     return found[0]
 
 
@@ -175,11 +159,7 @@ def one(trace: Trace, service: str, name: str) -> Span:
 
 
 def sidecar(trace: Trace, name: str) -> Span:
-    return one(trace, names.SIDECAR_SERVICE, name)
-
-
-SIDECAR = names.SIDECAR_SERVICE
-SIDECAR_SPAN = f"{names.SIDECAR_SPAN_PREFIX}POST /v1/chat/completions"
+    return one(trace, SIDECAR, name)
 
 
 def failed_calls(trace: Trace, leg: Span) -> list[Span]:
@@ -346,25 +326,15 @@ def own_sidecar(stack: Stack, decoder: str, folder: Path) -> Iterator[str]:
         "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
         "OTEL_TRACES_SAMPLER_ARG": "1.0",
     }
-    with (folder / "sidecar.log").open("wb") as log:
-        process = subprocess.Popen(
-            [*command, "--kv-connector=nixlv2", "--secure-proxy=false", "--tracing"],
-            stdout=log,
-            stderr=log,
-            env=os.environ | environment,
-        )
-    url = f"http://127.0.0.1:{port}"
+    log, url = folder / "sidecar.log", f"http://127.0.0.1:{port}"
 
     def ready() -> bool:
-        assert process.poll() is None, (folder / "sidecar.log").read_text()
+        assert sidecar.poll() is None, log.read_text()
         try:
             return httpx.get(f"{url}/health", trust_env=False).status_code == httpx.codes.OK
         except httpx.TransportError:
             return False
 
-    try:
+    with process([*command, "--kv-connector=nixlv2", "--secure-proxy=false", "--tracing"], log, environment) as sidecar:
         until(ready, "the sidecar's start", 30)
         yield url
-    finally:
-        process.terminate()
-        process.wait(30)
