@@ -39,7 +39,10 @@ TRACES = 25
 NAMES = (
     *(("llmtrace-client", "chat m"), ("envoy", "ingress"), ("envoy", "router model-servers egress")),
     *(("llm-d-epp", name) for name in ("gateway.request", "gateway.request_orchestration", "run_scheduler_profile")),
-    *(("llm-d-epp", name) for name in ("filter_endpoints", "llm_d.epp.scoring", "pick_endpoints", "prepare_disaggregation")),
+    *(
+        ("llm-d-epp", name)
+        for name in ("filter_endpoints", "llm_d.epp.scoring", "pick_endpoints", "prepare_disaggregation")
+    ),
     *(("llm-d-epp", f"llm_d.epp.scorer.{name}-scorer") for name in ("prefix-cache", "queue", "kv-cache-utilization")),
     *(("llm-d-disagg-sidecar", name) for name in ("forward_request", "prefill", "decode")),
     *(("vllm", name) for name in ("llm_request", "queue", "prefill", "decode")),

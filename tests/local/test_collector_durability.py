@@ -98,7 +98,9 @@ def test_collector_killed_while_it_sends(name: str, tmp_path: Path) -> None:
             collector.start()
         load.finish()
         twice = arrived(store, load)
-        print(f"{name}: {len(load.acknowledged)} spans acknowledged, {twice} arrived twice, {load.refused} requests refused")
+        print(
+            f"{name}: {len(load.acknowledged)} spans acknowledged, {twice} arrived twice, {load.refused} requests refused"
+        )
 
 
 @pytest.mark.parametrize("name", ["local", "agent"])

@@ -98,7 +98,13 @@ def test_time_to_first_token_and_per_output_token(name: str, tmp_path: Path) -> 
     assert sum(point.sum for _, point in tpot) == pytest.approx(5 * 0.2)
     labels = ttft[0][0]
     assert labels.keys() - {"llmtrace.prompt.cached"} == {
-        *("service.instance.id", "llmtrace.role", "gen_ai.request.model", "k8s.namespace.name", "collector.instance.id"),
+        *(
+            "service.instance.id",
+            "llmtrace.role",
+            "gen_ai.request.model",
+            "k8s.namespace.name",
+            "collector.instance.id",
+        ),
     }
     assert all("host.name" not in resource for resource in resources)
 
@@ -107,7 +113,10 @@ def test_calls_and_durations_have_the_agreed_labels(tmp_path: Path) -> None:
     decision = {"llmtrace.pd.decision": "split", "llmtrace.pd.reason": "always", "gen_ai.request.model": "other"}
     spans = [
         {"name": "prepare_disaggregation", "attributes": decision},
-        {"name": "ingress", "attributes": {"llmtrace.scenario.arm": "random", "error.type": "Timeout: asked for Paris"}},
+        {
+            "name": "ingress",
+            "attributes": {"llmtrace.scenario.arm": "random", "error.type": "Timeout: asked for Paris"},
+        },
     ]
     request = spans_of(*spans, resource=SERVER)
     request.resource_spans[0].scope_spans[0].spans[1].status.code = Status.STATUS_CODE_ERROR

@@ -18,7 +18,12 @@ from llmtrace.traces.otlp import key_values
 CONTENT = (
     # OpenTelemetry's conventions, now and before.
     *("gen_ai.input.messages", "gen_ai.output.messages", "gen_ai.system_instructions", "gen_ai.tool.definitions"),
-    *("gen_ai.tool.call.arguments", "gen_ai.tool.call.result", "gen_ai.retrieval.query.text", "gen_ai.retrieval.documents"),
+    *(
+        "gen_ai.tool.call.arguments",
+        "gen_ai.tool.call.result",
+        "gen_ai.retrieval.query.text",
+        "gen_ai.retrieval.documents",
+    ),
     *("gen_ai.prompt", "gen_ai.prompt.0.content", "gen_ai.completion", "gen_ai.completion.0.content"),
     *("gen_ai.user.message", "gen_ai.choice", "gen_ai.event.content", "gen_ai.request.stop_sequences"),
     *("gen_ai.evaluation.explanation", "db.query.text", "db.statement", "db.query.parameter.0"),
@@ -33,7 +38,14 @@ CONTENT = (
     *("http.request.body", "http.response.body.content", "request.body", "response_body", "body", "content", "message"),
     *("prompt", "completion", "messages", "input", "output", "text"),
 )
-ERRORS = ("exception.message", "exception.stacktrace", "error.message", "error_message", "grpc.message", "otel.status_description")
+ERRORS = (
+    "exception.message",
+    "exception.stacktrace",
+    "error.message",
+    "error_message",
+    "grpc.message",
+    "otel.status_description",
+)
 HEADERS = (
     *("http.request.header.authorization", "http.request.header.x-user", "http.response.header.set-cookie"),
     *("rpc.grpc.request.metadata.token", "Authorization", "cookie", "x-api-key", "user_agent", "user_agent.original"),
@@ -101,12 +113,16 @@ def poisoned(canary: Canaries) -> ExportTraceServiceRequest:
             canary.nested("request", "content"),
             canary.nested("gen_ai.input.messages.structured", "parts"),
             *key_values({"as_json": f'{{"n": 1, "messages": [{{"role": "user", "content": "{canary()}"}}]}}'}),
-            *key_values({"url.full": f"http://u:{canary()}@h/p?q={canary()}", "http.url": f"http://h/p?q={canary()}#{canary()}"}),
+            *key_values(
+                {"url.full": f"http://u:{canary()}@h/p?q={canary()}", "http.url": f"http://h/p?q={canary()}#{canary()}"}
+            ),
             *key_values({"http.target": f"/p?{canary()}", "client.address": canary()}),
         ]
     )
     event = span.events.add(name="exception")
-    event.attributes.extend([*canary.attributes(*all_names), *key_values({"exception.type": f"ValueError({canary()!r})"})])
+    event.attributes.extend(
+        [*canary.attributes(*all_names), *key_values({"exception.type": f"ValueError({canary()!r})"})]
+    )
     span.events.add(name="gen_ai.content.prompt").attributes.extend(canary.attributes(*CONTENT))
     link = span.links.add(trace_id=b"\x05" * 16, span_id=b"\x06" * 8, trace_state=f"x={canary()}")
     link.attributes.extend(canary.attributes("note", *all_names))
