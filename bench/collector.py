@@ -1,10 +1,10 @@
 """Measures the gateway Collector: spans per second and core, against the same Collector with only OTLP in and out.
 
-``python -m bench.collector [--seconds N] [--rounds N] [--json]``. Both Collectors run at the same time and take turns: while one is
-loaded as much as it takes, the other idles. A span costs what the process used of the processor, so that the load
-generator on the same cores does not count. The gateway has its defaults (all metrics of spans, redaction, tail sampling, the queue on
-disk), a memory limit of 1 GiB, and sends to the same kind of sink as the other. Every request has new trace ids.
-Needs the Collector that ``llmtrace up`` installs.
+``python -m bench.collector [--seconds N] [--rounds N] [--json]``. Both Collectors run at the same time and take turns:
+while one is loaded as much as it takes, the other idles. A span costs what the process used of the processor, so that
+the load generator on the same cores does not count. The gateway has its defaults (all metrics of spans, redaction, tail
+sampling, the queue on disk), a memory limit of 1 GiB, and sends to the same kind of sink as the other. Every request
+has new trace ids. Needs the Collector that ``llmtrace up`` installs.
 """
 
 from __future__ import annotations
