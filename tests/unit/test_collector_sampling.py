@@ -46,7 +46,7 @@ KEPT: dict[str, tuple[str, list[dict[str, Any]]]] = {
         "marked",
         [ROOT, {"attributes": {"llmtrace.pd.decision": "split", "llmtrace.sampling.keep": True}}],
     ),
-    "a scaling decision": ("scaling", [{"name": "llmtrace.autoscale.decision"}]),
+    "a scaling decision": ("scaling", [{"name": "autoscale.decision"}]),
     "a tenant with a share": ("share-of-tenants", [ROOT, {"attributes": {"llmtrace.tenant": "gold"}}]),
 }
 """The policy that keeps a trace, no other, and the trace's spans."""
