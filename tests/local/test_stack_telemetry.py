@@ -55,7 +55,7 @@ def test_no_text_of_a_request_is_in_spans_metrics_or_logs(stack: Stack) -> None:
     }
     served, refused, before = new_trace_id(), new_trace_id(), calls(stack)
     chat = {"model": stack.model, "messages": [{"role": "user", "content": canary}], "max_tokens": 4, "user": canary}
-    post(stack, "/v1/chat/completions", chat, headers | in_trace(served)).raise_for_status()
+    post(stack, f"/v1/chat/completions?note={canary}", chat, headers | in_trace(served)).raise_for_status()
     wrong = {"model": stack.model, "prompt": canary, "max_tokens": -1, "stop": canary}
     assert post(stack, "/v1/completions", wrong, headers | in_trace(refused)).is_client_error
     stored = [trace_of(stack, served, *SERVED), trace_of(stack, refused, SERVED[1])]
