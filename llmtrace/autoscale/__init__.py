@@ -1,0 +1,1 @@
+"""Scaling decisions as traces: the embedded scaler, which applies the HorizontalPodAutoscaler's rules to a local stack."""
