@@ -1,1 +1,4 @@
-"""Scaling decisions as traces: the embedded scaler, which applies the HorizontalPodAutoscaler's rules to a local stack."""
+"""Scaling decisions as traces.
+
+The embedded scaler, which applies the HorizontalPodAutoscaler's rules to a local stack.
+"""

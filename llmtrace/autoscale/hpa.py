@@ -1,7 +1,8 @@
 """The HorizontalPodAutoscaler's algorithm for external metrics, without Kubernetes: numbers in, a decision out.
 
-Source: kubernetes, pkg/controller/podautoscaler (horizontal.go, replica_calculator.go) and the API autoscaling/v2. Its words
-are kept for conditions and reasons. What it does for resource and pod metrics is not here: llm-d scales on external ones.
+Source: kubernetes, pkg/controller/podautoscaler (horizontal.go, replica_calculator.go) and the API autoscaling/v2.
+Its words are kept for conditions and reasons. What it does for resource and pod metrics is not here: llm-d scales on
+external ones.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class Policy(Frozen):
 
 
 class Rules(Frozen):
-    """The behaviour in one direction. ``select`` says which policy counts: the one that allows the largest change (Max),
-    the smallest (Min), or no change at all (Disabled). ``window_s`` is the stabilisation window."""
+    """The behaviour in one direction. ``select`` says which policy counts: the one that allows the largest change
+    (Max), the smallest (Min), or no change at all (Disabled). ``window_s`` is the stabilisation window."""
 
     window_s: float = Field(ge=0, le=3600)
     policies: tuple[Policy, ...] = Field(min_length=1)
@@ -104,8 +105,8 @@ class Limit(StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """A decision. ``recommended`` is what the metrics ask for, None where they cannot be used; ``proposals`` are those of the
-    single metrics, and ``metric`` the name of the one that counted."""
+    """A decision. ``recommended`` is what the metrics ask for, None where they cannot be used; ``proposals`` are
+    those of the single metrics, and ``metric`` the name of the one that counted."""
 
     current: int
     desired: int
@@ -122,8 +123,8 @@ def decide(
 ) -> tuple[Verdict, History]:
     """Decide on the number of replicas; returns the decision and what to remember.
 
-    ``current`` is the number that was asked for last, ``ready`` how many of them serve. ``values`` are the metrics by name;
-    one that could not be had is absent. The change itself is remembered by :func:`changed`, once it was made.
+    ``current`` is the number that was asked for last, ``ready`` how many of them serve. ``values`` are the metrics by
+    name; one that could not be had is absent. The change itself is remembered by :func:`changed`, once it was made.
     """
     if not history.recommendations:
         history = history.model_copy(update={"recommendations": (Moment(time_s=now_s, replicas=current),)})
@@ -200,7 +201,10 @@ def _largest(proposals: Mapping[str, int]) -> tuple[str | None, int]:
 
 
 def _stabilized(spec: Spec, history: History, now_s: float, current: int, wanted: int) -> tuple[int, Stabilization]:
-    """The recommendation within what the windows saw: up no further than the lowest, down no further than the highest."""
+    """The recommendation within what the windows saw.
+
+    Up no further than the lowest, down no further than the highest.
+    """
     recent_up = [m.replicas for m in history.recommendations if m.time_s > now_s - spec.up.window_s]
     recent_down = [m.replicas for m in history.recommendations if m.time_s > now_s - spec.down.window_s]
     floor, ceiling = min([wanted, *recent_up]), max([wanted, *recent_down])
@@ -229,9 +233,7 @@ def _up_limit(rules: Rules, history: History, now_s: float, current: int) -> int
     allowed = []
     for policy in rules.policies:
         start = _at_start(policy, history, now_s, current)
-        allowed.append(
-            start + policy.value if policy.kind == "Pods" else math.ceil(start * (1 + policy.value / 100))
-        )
+        allowed.append(start + policy.value if policy.kind == "Pods" else math.ceil(start * (1 + policy.value / 100)))
     return max(allowed) if rules.select == "Max" else min(allowed)
 
 

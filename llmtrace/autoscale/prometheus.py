@@ -31,7 +31,9 @@ async def value_of(client: httpx.AsyncClient, metadata: PrometheusMetadata) -> f
     try:
         document = response.json()
         if response.status_code != httpx.codes.OK or document["status"] != "success":
-            raise NoValueError(f"Prometheus refused the query: {str(document.get('error', response.status_code))[:MOST_SAID]}")
+            raise NoValueError(
+                f"Prometheus refused the query: {str(document.get('error', response.status_code))[:MOST_SAID]}"
+            )
         return _number(document["data"], ignore_null=metadata.ignore_null_values)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         raise NoValueError(f"Prometheus answered {response.status_code} with something else than a result") from None

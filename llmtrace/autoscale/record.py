@@ -13,7 +13,10 @@ from llmtrace.errors import UserError
 
 
 class Phase(Frozen):
-    """A phase of a replica's start or stop. Times in nanoseconds since the epoch; ``source`` says where its end is from."""
+    """A phase of a replica's start or stop.
+
+    Times in nanoseconds since the epoch; ``source`` says where its end is from.
+    """
 
     name: str
     start_ns: int
@@ -49,7 +52,10 @@ class ReplicaRecord(BaseModel):
 
 
 class MetricRecord(Frozen):
-    """A metric as the scaler saw it; ``value`` and ``proposal`` are None where it had no value, ``failure`` says why."""
+    """A metric as the scaler saw it.
+
+    ``value`` and ``proposal`` are None where it had no value, ``failure`` says why.
+    """
 
     name: str
     query: str
@@ -103,8 +109,8 @@ class DecisionRecord(BaseModel):
 class State(BaseModel):
     """What the scaler keeps over a restart. ``desired`` is None before its first decision.
 
-    ``condition`` is that of the decision traced last. A decision is in ``decisions`` from before it is applied until its
-    trace was handed on; what a restart finds there goes on.
+    ``condition`` is that of the decision traced last. A decision is in ``decisions`` from before it is applied until
+    its trace was handed on; what a restart finds there goes on.
     """
 
     desired: int | None = None
@@ -121,7 +127,9 @@ class State(BaseModel):
             return cls()
         except (ValidationError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not one of this version"
-            raise UserError(f"the scaler's state {path} cannot be read ({reason}): move it away to begin anew") from None
+            raise UserError(
+                f"the scaler's state {path} cannot be read ({reason}): move it away to begin anew"
+            ) from None
 
     def save(self, path: Path) -> None:
         """Write it as a whole, on disk before this returns."""

@@ -36,7 +36,10 @@ def _boolean(value: object) -> object:
 
 
 class PrometheusMetadata(_Part):
-    """A query that gives one number. Without a value the metric is 0, or is missing where ``ignore_null_values`` is false."""
+    """A query that gives one number.
+
+    Without a value the metric is 0, or is missing where ``ignore_null_values`` is false.
+    """
 
     server_address: str = Field(pattern=r"^https?://")
     query: str = Field(min_length=1)

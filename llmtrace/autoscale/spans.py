@@ -19,8 +19,8 @@ _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 
 
 class DecisionSpans:
-    """Makes the spans of one decision. ``drivers`` are the requests that drove it, those to link first; ``found`` is how
-    many there were, None where nobody could be asked."""
+    """Makes the spans of one decision. ``drivers`` are the requests that drove it, those to link first; ``found`` is
+    how many there were, None where nobody could be asked."""
 
     def __init__(
         self, decision: DecisionRecord, resource: Resource, drivers: Sequence[Stay] = (), found: int | None = None
@@ -39,7 +39,10 @@ class DecisionSpans:
         yield self._span(a.DECISION_SPAN, (), None, decision.time_ns, end_ns, self._attributes(), links=self._links())
         if not decision.replicas:
             return
-        counts = {a.REPLICAS_CURRENT: decision.current, a.REPLICAS_DESIRED: decision.desired}
+        counts: dict[str, AttributeValue] = {
+            a.REPLICAS_CURRENT: decision.current,
+            a.REPLICAS_DESIRED: decision.desired,
+        }
         start_ns = min(r.started_ns for r in decision.replicas)
         failure = "; ".join(f"{r.name}: {r.failure}" for r in failed)
         yield self._span(a.APPLY_SPAN, ("apply",), (), start_ns, end_ns, counts, failure=failure)
@@ -136,4 +139,6 @@ class DecisionSpans:
         )
 
     def _context(self, path: tuple[str, ...]) -> SpanContext:
-        return SpanContext(self._decision.trace_id, self._decision.span_id(*path), is_remote=False, trace_flags=_SAMPLED)
+        return SpanContext(
+            self._decision.trace_id, self._decision.span_id(*path), is_remote=False, trace_flags=_SAMPLED
+        )

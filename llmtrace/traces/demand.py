@@ -21,8 +21,8 @@ _MODEL = re.compile(r'(?:target_)?model_name\s*=\s*"((?:[^"\\]|\\.)*)"')
 class Stay:
     """A request at the gateway. Times in nanoseconds since the epoch.
 
-    It waited from ``arrived_ns`` to ``dispatched_ns`` and ran from then to ``ended_ns``; where it was never dispatched the
-    latter two are equal. ``span_id`` is that of ``gateway.request``.
+    It waited from ``arrived_ns`` to ``dispatched_ns`` and ran from then to ``ended_ns``; where it was never
+    dispatched the latter two are equal. ``span_id`` is that of ``gateway.request``.
     """
 
     trace_id: str
@@ -36,8 +36,8 @@ class Stay:
 def stay(trace: Trace) -> Stay | None:
     """The request of a trace at the gateway; None where the trace has none.
 
-    Where the picker traces its queue, that span tells the wait; else, as with llm-d's own, it is the time from the start of
-    the orchestration to the first scheduling profile.
+    Where the picker traces its queue, that span tells the wait; else, as with llm-d's own, it is the time from the
+    start of the orchestration to the first scheduling profile.
     """
     gateway = orchestration = queue = profile = None
     for span in trace.spans:

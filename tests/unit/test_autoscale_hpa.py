@@ -99,7 +99,11 @@ def test_less_than_all_metrics_may_add_but_never_take_away() -> None:
 
 def test_a_number_outside_of_the_bounds_is_repaired_without_looking_at_metrics() -> None:
     over = verdict(spec(maximum=3), 5, {})
-    assert (over.desired, over.limit, over.reason) == (3, Limit.MAXIMUM, "Current number of replicas above Spec.MaxReplicas")
+    assert (over.desired, over.limit, over.reason) == (
+        3,
+        Limit.MAXIMUM,
+        "Current number of replicas above Spec.MaxReplicas",
+    )
     under = verdict(spec(minimum=2), 1, {})
     assert (under.desired, under.reason) == (2, "Current number of replicas below Spec.MinReplicas")
     assert verdict(spec(), 0, {"queue": 9.0}).desired == 0  # scaling is disabled
