@@ -15,6 +15,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from llmtrace.semconv import attributes as a
+
 TOLERANCE = 0.1
 """How far from 1 the ratio of value to target may be without a change."""
 DOWN_WINDOW_S = 300.0
@@ -88,19 +90,19 @@ class History(Frozen):
 class Stabilization(StrEnum):
     """Reasons of the condition AbleToScale."""
 
-    READY = "ReadyForNewScale"
-    UP = "ScaleUpStabilized"
-    DOWN = "ScaleDownStabilized"
+    READY = a.NOT_STABILIZED
+    UP = a.UP_STABILIZED
+    DOWN = a.DOWN_STABILIZED
 
 
 class Limit(StrEnum):
     """Reasons of the condition ScalingLimited."""
 
-    NONE = "DesiredWithinRange"
-    UP = "ScaleUpLimit"
-    DOWN = "ScaleDownLimit"
-    MAXIMUM = "TooManyReplicas"
-    MINIMUM = "TooFewReplicas"
+    NONE = a.NOT_LIMITED
+    UP = a.LIMITED_UP
+    DOWN = a.LIMITED_DOWN
+    MAXIMUM = a.LIMITED_MAX
+    MINIMUM = a.LIMITED_MIN
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from opentelemetry.trace import SpanKind
 
 from llmtrace.picker.endpoints import Endpoint, Pool
 from llmtrace.picker.ext_proc import OVERWRITE, ProcessingResponse
+from llmtrace.picker.flow_control import FlowControl
 from llmtrace.picker.metrics import Metrics, RequestSeries
 from llmtrace.picker.request import InferenceRequest, RequestError, no_endpoints, parse, too_large
 from llmtrace.picker.response import ResponseReader, Usage
@@ -49,11 +50,20 @@ class Services:
     metrics: Metrics
     gateway: Tracer
     orchestration: Tracer
+    flow_control: FlowControl | None = None
 
     @classmethod
-    def make(cls, pool: Pool, scheduler: Scheduler, metrics: Metrics, tracer: Tracer) -> Services:
+    def make(
+        cls,
+        pool: Pool,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        tracer: Tracer,
+        flow_control: FlowControl | None = None,
+    ) -> Services:
         """The services with the tracer in the scopes that llm-d uses."""
-        return cls(pool, scheduler, metrics, tracer.scoped(GATEWAY_SCOPE), tracer.scoped(ORCHESTRATION_SCOPE))
+        gateway, orchestration = tracer.scoped(GATEWAY_SCOPE), tracer.scoped(ORCHESTRATION_SCOPE)
+        return cls(pool, scheduler, metrics, gateway, orchestration, flow_control)
 
 
 class Exchange:
@@ -212,6 +222,8 @@ class Exchange:
         request.span = span
         self._series = services.metrics.series(request.model, request.fairness_id)
         try:
+            if services.flow_control is not None:
+                await services.flow_control.admit(request, self._series, span)
             ready = self._ready()
             try:
                 if await services.scheduler.tokenize(request, ready):

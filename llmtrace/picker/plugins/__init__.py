@@ -20,6 +20,7 @@ from llmtrace.picker.plugins import (
     random_picker,
     single_profile_handler,
     token_producer,
+    utilization_detector,
     weighted_random_picker,
 )
 
@@ -43,5 +44,6 @@ __all__ = [
     "random_picker",
     "single_profile_handler",
     "token_producer",
+    "utilization_detector",
     "weighted_random_picker",
 ]
