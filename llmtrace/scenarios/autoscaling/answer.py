@@ -12,7 +12,7 @@ from llmtrace.errors import UserError
 from llmtrace.scenarios.autoscaling.arms import NAME, REPORTS
 from llmtrace.scenarios.autoscaling.decisions import Decision, in_order
 from llmtrace.scenarios.autoscaling.effects import SECOND, DecisionAnswer, Effects
-from llmtrace.scenarios.autoscaling.requests import RequestTable, read_all
+from llmtrace.scenarios.autoscaling.requests import Counted, RequestTable, read_all
 from llmtrace.scenarios.checks import Check, check
 from llmtrace.scenarios.facts import Block
 from llmtrace.semconv import attributes as a
@@ -168,11 +168,13 @@ def _attribution(
     attributed = int(driven.sum())
     right = int((driven & wanted).sum())
     should = np.zeros(len(table), dtype=np.bool_)
+    parts: dict[Part, Counted] = {}
     for decision in decisions:
         if _drove(decision) and decision.query:
-            starts, ends = table.interval(demand(decision.query).part)
-            since = decision.time_ns - decision.window_ns
-            should |= wanted & (starts < decision.time_ns) & (ends > since) & (ends > starts)
+            part = demand(decision.query).part
+            if part not in parts:
+                parts[part] = Counted.make(table, np.flatnonzero(wanted), part)
+            should[parts[part].within(decision.time_ns - decision.window_ns, decision.time_ns)] = True
     due = int(should.sum())
     return Attribution(
         attributed=attributed,

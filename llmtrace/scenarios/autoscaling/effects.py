@@ -113,7 +113,7 @@ class Effects:
         """The requests that a query counts."""
         asked = demand(query)
         if asked not in self._counted:
-            self._counted[asked] = Counted.make(self._table, asked)
+            self._counted[asked] = Counted.make(self._table, self._table.of_model(asked.model), asked.part)
         return self._counted[asked]
 
     def drivers(self, decision: Decision) -> np.ndarray[tuple[int], np.dtype[np.intp]]:

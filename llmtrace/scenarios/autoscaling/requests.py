@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from llmtrace.scenarios.autoscaling.decisions import Decision, read_decision
 from llmtrace.scenarios.facts import Block, integer, read_blocks, text
 from llmtrace.semconv import attributes as a
-from llmtrace.traces.demand import Demand, Part, stay
+from llmtrace.traces.demand import Part, stay
 from llmtrace.traces.model import Span, Trace
 
 Ints = NDArray[np.int64]
@@ -153,10 +153,9 @@ class Counted:
     longest_ns: int
 
     @classmethod
-    def make(cls, table: RequestTable, demand: Demand) -> Counted:
-        """Those of a demand."""
-        rows = table.of_model(demand.model)
-        starts, ends = (column[rows] for column in table.interval(demand.part))
+    def make(cls, table: RequestTable, rows: NDArray[np.intp], part: Part) -> Counted:
+        """Those of these rows that have this part of a stay."""
+        starts, ends = (column[rows] for column in table.interval(part))
         stays = ends > starts
         rows, starts, ends = rows[stays], starts[stays], ends[stays]
         order = np.argsort(starts, kind="stable")
