@@ -14,7 +14,7 @@ PARTS = {
     "services": (*COMMON, "picker", "sidecar", "traces", "autoscale"),
     "engine": ("__init__.py", "semconv/attributes.py", "engine"),
 }
-"""What a process of this kind imports from the package: picker, sidecar, store and scaler; the plugin in a model server."""
+"""What a process of this kind imports from the package: the kit's own services; the plugin in a model server."""
 
 
 def digest(part: str) -> str:

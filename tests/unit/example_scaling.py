@@ -154,7 +154,7 @@ class Day:
     drivers: list[set[str]] = field(default_factory=list)
 
     def traces(self) -> Iterator[Trace]:
-        """Requests in groups around each decision: some waiting reports that drive it, and chats and short waits around."""
+        """Requests in groups around each decision: waiting reports that drive it, and chats and short waits around."""
         rng = random.Random(self.seed)
         each = self.requests // self.decisions
         period = 86_400 / self.decisions

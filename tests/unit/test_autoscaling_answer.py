@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from llmtrace.traces.model import Trace
 
 
 def burst() -> list[Trace]:
-    """Six reports wait from 20 s on, chats are served at once and two of them wait too; replicas come at 25, go at 100."""
+    """Six reports wait from 20 s on, and two of six chats; replicas come at 25 and go at 100."""
     traces = [request(n, 20 + 0.5 * n, wait=24 - 0.5 * n) for n in range(1, 7)]
     traces += [request(n, 2.0 * n, kind="chats", tokens=20) for n in range(10, 14)]
     traces += [request(n, 22.0, wait=22.0, kind="chats", tokens=20) for n in range(20, 22)]
@@ -206,7 +207,7 @@ def test_without_decisions_or_requests() -> None:
 
 
 def test_the_text_and_the_report_show_it_all(found: AutoscalingAnswer) -> None:
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=200, record=True, file=io.StringIO())
     for part in SCENARIO.text(found):
         console.print(part)
     shown = console.export_text()
