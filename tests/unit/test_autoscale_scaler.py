@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from scaling import FAST, Stand, until
 
-from llmtrace.autoscale import evidence
 from llmtrace.autoscale.record import State
 from llmtrace.autoscale.scaler import Scaler
 from llmtrace.errors import UserError
@@ -328,7 +327,3 @@ async def test_run_serves_until_it_is_told_to_stop(stand: Stand) -> None:
     started = time.monotonic()
     await task
     assert time.monotonic() - started < 5
-
-
-def test_the_bound_on_links_is_below_the_bound_on_reads() -> None:
-    assert evidence.MOST_LINKS <= evidence.MOST_READ
