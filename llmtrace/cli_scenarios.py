@@ -60,7 +60,7 @@ def run(
         int | None, typer.Option(min=1, max=1024, help="Tokens to generate for each request.")
     ] = None,
     concurrency: Annotated[int | None, typer.Option(min=1, max=256, help="Conversations at the same time.")] = None,
-    request_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one request.")] = 60.0,
+    request_timeout: Annotated[float | None, typer.Option(min=0.1, help="Seconds for one request.")] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for the whole run.")] = 900.0,
     store: Store = None,
 ) -> None:
@@ -77,7 +77,7 @@ def run(
         stack,
         max_tokens=max_tokens or scenario.max_tokens,
         concurrency=concurrency or scenario.concurrency,
-        request_timeout_s=request_timeout,
+        request_timeout_s=request_timeout or scenario.request_timeout_s,
         run_timeout_s=timeout,
     )
     tempo = TempoClient(store or stack.store)

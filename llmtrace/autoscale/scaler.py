@@ -30,6 +30,8 @@ from llmtrace.traces.demand import Stay
 from llmtrace.traces.tempo import TempoClient
 
 FLUSH_MS = 5000
+CLOSE_S = 10.0
+"""How long the end waits for traces that are being sent; those that are not yet are sent by the next scaler."""
 MOST_KEPT = 1000
 """Decisions whose traces could not be sent yet; the oldest are given up first."""
 
@@ -99,7 +101,7 @@ class Scaler:
         self._store = TempoClient(options.store) if options.store else None
         self._client = httpx.AsyncClient(trust_env=False)
         self._complaints: dict[str, str] = {}
-        self._sending = asyncio.Lock()
+        self._sender: asyncio.Task[None] | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Scale until ``stop`` is set; raises UserError where the start fails."""
@@ -114,7 +116,8 @@ class Scaler:
             while not stop.is_set():
                 begun = time.monotonic()
                 await self.tick()
-                await self.send()
+                if self._sender is None or self._sender.done():
+                    self._sender = asyncio.create_task(self.send())
                 wait = max(self._options.period_s - (time.monotonic() - begun), 0.1)
                 await _until(stop, wait)
         finally:
@@ -123,6 +126,8 @@ class Scaler:
 
     async def close(self) -> None:
         """Leave everything as it is; a new scaler goes on with it."""
+        if self._sender is not None:
+            await asyncio.wait([self._sender], timeout=CLOSE_S)
         await self.fleet.close()
         await self._client.aclose()
         self._save()
@@ -161,7 +166,7 @@ class Scaler:
             self._spec, self.state.history, time.time(), current, len(self.fleet.serving), values
         )
         self.state.history = history
-        condition = _condition(verdict, failures)
+        condition = _condition(self._spec, verdict, failures)
         if verdict.desired != current:
             self._decide(verdict, values, failures)
         elif condition != self.state.condition and (condition or self.state.condition != a.DOWN_STABILIZED):
@@ -174,16 +179,15 @@ class Scaler:
         self._save()
 
     async def send(self) -> None:
-        """Send the traces of the decisions whose effect is known."""
-        async with self._sending:
-            due = time.time_ns() - int(self._options.settle_s * 1e9)
-            for decision in [d for d in self.state.decisions if not d.open and d.time_ns <= due]:
-                await asyncio.to_thread(self._send, decision)
+        """Send the traces of the decisions whose effect is known; one at a time calls this."""
+        due = time.time_ns() - int(self._options.settle_s * 1e9)
+        for decision in [d for d in self.state.decisions if not d.open and d.time_ns <= due]:
+            await asyncio.to_thread(self._send, decision)
+            self.state.decisions.remove(decision)
+            self._save()
+        for decision in self.state.decisions[:-MOST_KEPT]:
+            if not decision.open:
                 self.state.decisions.remove(decision)
-                self._save()
-            for decision in self.state.decisions[:-MOST_KEPT]:
-                if not decision.open:
-                    self.state.decisions.remove(decision)
 
     # Metrics.
 
@@ -334,13 +338,15 @@ class Scaler:
             self._fails("state", f"{self._options.state} cannot be written ({error.strerror})")
 
 
-def _condition(verdict: hpa.Verdict, failures: dict[str, str]) -> str:
-    """What keeps the number from being what the metrics ask for, where something does."""
+def _condition(spec: hpa.Spec, verdict: hpa.Verdict, failures: dict[str, str]) -> str:
+    """What keeps the number from being what the metrics ask for, where something does that may pass."""
     if failures:
         return "no value of " + ", ".join(sorted(failures))
     if verdict.limit in (hpa.Limit.MAXIMUM, hpa.Limit.UP, hpa.Limit.DOWN):
         return str(verdict.limit)
-    return "" if verdict.stabilization is hpa.Stabilization.READY else str(verdict.stabilization)
+    # At the minimum nothing would be taken away anyway.
+    moot = verdict.stabilization is hpa.Stabilization.DOWN and verdict.current <= spec.minimum
+    return "" if moot or verdict.stabilization is hpa.Stabilization.READY else str(verdict.stabilization)
 
 
 def _lock(state: Path) -> IO[bytes]:

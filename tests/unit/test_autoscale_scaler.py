@@ -107,6 +107,27 @@ async def test_held_at_the_maximum_is_one_decision(stand: Stand) -> None:
     assert stand.processes.told == []
 
 
+async def test_load_that_comes_and_goes_at_the_minimum_is_no_decision(stand: Stand) -> None:
+    down = {"stabilizationWindowSeconds": 300}
+    advanced = {"horizontalPodAutoscalerConfig": {"behavior": {"scaleDown": down}}}
+    scaler = stand.scaler(advanced=advanced)
+    await scaler.begin()
+    for queue in (0, 1, 0, 1, 0):
+        stand.load.queue = queue
+        await scaler.tick()
+    assert scaler.state.decisions == []
+    stand.load.queue = 2
+    await scaler.tick()
+    stand.load.queue = 0
+    for _ in range(3):
+        await scaler.tick()
+    assert [(d.direction, d.stabilization) for d in scaler.state.decisions] == [
+        (a.SCALE_UP, a.NOT_STABILIZED),
+        (a.SCALE_HOLD, a.DOWN_STABILIZED),
+    ]
+    await scaler.close()
+
+
 async def test_a_replica_that_never_becomes_ready_says_why(stand: Stand) -> None:
     stand.options["patience"] = FAST.__class__(ready_s=0.3, retry_s=60, look_s=0.01)
     stand.replicas["vllm-1"].healthy = False

@@ -39,4 +39,5 @@ SCENARIO = Scenario(
     example=_example,
     max_tokens=32,
     concurrency=256,
+    request_timeout_s=120.0,
 )

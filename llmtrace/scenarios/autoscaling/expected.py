@@ -13,7 +13,7 @@ from llmtrace.traces.tempo import TempoClient
 REQUEST = "request"
 EXPECTATIONS = {form: expectation(registry(), NAME, form) for form in (REQUEST, a.SCALE_UP, a.SCALE_DOWN, a.SCALE_HOLD)}
 MOST_DECISIONS = 1000
-SLACK_S = 600
+SLACK_S = 120
 """Decisions of a run may be taken some time after its last request, and are sent when their effect is known."""
 
 

@@ -12,9 +12,9 @@ from llmtrace.scenarios.workload import Chat, Message, Request, Tenant, Workload
 CALM_S = 20.0
 """Before the burst."""
 BURST_S = 40.0
-CALM_AFTER_S = 90.0
+CALM_AFTER_S = 110.0
 """Long enough for the replicas to be taken away again."""
-REPORTS_PER_S = 0.75
+REPORTS_PER_S = 0.7
 """For each of ``conversations``."""
 CHAT_EVERY_S = 5.0
 MOST_PARAGRAPHS = 4
