@@ -212,6 +212,10 @@ class Stand:
         processor = SimpleSpanProcessor(self.exporter)
         return Scaler(Options(**values), self.processes, Tracing(provider, processor))
 
+    def address(self, name: str) -> str:
+        """Where a replica listens."""
+        return next(f"{e.address}:{e.port}" for e in self._entries if e.name == name)
+
     def listed(self) -> list[str]:
         """The replicas in the picker's file."""
         return [entry.name for entry in parse(self.endpoints.read_bytes(), self.endpoints)]
