@@ -211,7 +211,7 @@ def test_the_text_and_the_report_show_it_all(found: AutoscalingAnswer) -> None:
     for part in SCENARIO.text(found):
         console.print(part)
     shown = console.export_text()
-    for words in ("epp-queue-size 6 / 1", "helped", "vllm-1", "precision 100%, recall 100%", "harmless"):
+    for words in ("epp-queue-size 6/1", "helped", "vllm-1", "precision 100%, recall 100%", "harmless"):
         assert words in shown
     html = SCENARIO.html(found)
     for words in ("vegaEmbed", "container.start", found.decisions[0].trace_id, "prediction"):

@@ -73,6 +73,7 @@ class DecisionAnswer(_Model):
     target: float | None
     current: int
     desired: int
+    maximum: int
     limit: str
     stabilization: str
     driven: bool
@@ -145,6 +146,7 @@ class Effects:
             target=decision.target,
             current=decision.current,
             desired=decision.desired,
+            maximum=decision.maximum,
             limit=decision.limit,
             stabilization=decision.stabilization,
             driven=decision.driven,

@@ -108,7 +108,7 @@ def _decisions(found: AutoscalingAnswer) -> str:
                 "at, s",
                 "direction",
                 "replicas",
-                "metric, value / target",
+                "metric, value/target",
                 "reason",
                 "limit",
                 "stabilisation",

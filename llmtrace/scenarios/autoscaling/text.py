@@ -14,10 +14,10 @@ from llmtrace.scenarios.text import check_text
 from llmtrace.semconv import attributes as a
 
 HELD = {
-    a.LIMITED_UP: "the scale-up policy",
-    a.LIMITED_DOWN: "the scale-down policy",
-    a.UP_STABILIZED: "the scale-up window",
-    a.DOWN_STABILIZED: "the scale-down window",
+    a.LIMITED_UP: "scale-up policy",
+    a.LIMITED_DOWN: "scale-down policy",
+    a.UP_STABILIZED: "scale-up window",
+    a.DOWN_STABILIZED: "scale-down window",
 }
 """What keeps a number of replicas from changing, in words."""
 MOST_DECISIONS = 20
@@ -67,7 +67,7 @@ def attribution_sentence(found: AutoscalingAnswer) -> str:
 
 def metric_text(decision: DecisionAnswer) -> str:
     """The metric that counted, its value, and its target for a replica."""
-    return "-" if decision.value is None else f"{decision.metric} {decision.value:g} / {decision.target:g}"
+    return "-" if decision.value is None else f"{decision.metric} {decision.value:g}/{decision.target:g}"
 
 
 def drivers_text(decision: DecisionAnswer) -> str:
@@ -86,11 +86,11 @@ def verdict_text(decision: DecisionAnswer) -> str:
     """The verdict, and what limits there were."""
     more = ""
     if decision.verdict == "limited":
-        more = f" to the maximum for {decision.limited_s:.0f} s"
+        more = f" to {decision.maximum} for {decision.limited_s:.0f} s"
     elif decision.verdict == "held":
-        more = next((f" by {HELD[by]}" for by in (decision.limit, decision.stabilization) if by in HELD), "")
+        more = next((f": {HELD[by]}" for by in (decision.limit, decision.stabilization) if by in HELD), "")
     elif decision.limit == a.LIMITED_MAX:
-        more = ", limited to the maximum"
+        more = f", limited to {decision.maximum}"
     return f"{decision.verdict}{more}{', flapping' if decision.flapping else ''}"
 
 
@@ -103,8 +103,8 @@ def _decisions(found: AutoscalingAnswer, decisions: list[DecisionAnswer]) -> Tab
     table = Table(box=None, pad_edge=False)
     for name in ("at, s", "replicas"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("metric, value / target", overflow="fold")
-    for name in ("drivers", "waited, user-s", "token-s", "queue", "before > after"):
+    table.add_column("metric, value/target", no_wrap=True)
+    for name in ("drivers", "wait, user-s", "token-s", "queue"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in ("verdict", "trace"):
         table.add_column(name, overflow="fold", no_wrap=name == "trace")
@@ -116,7 +116,6 @@ def _decisions(found: AutoscalingAnswer, decisions: list[DecisionAnswer]) -> Tab
             drivers_text(d),
             f"{d.wait_user_s:,.0f}",
             f"{d.wait_token_s:,.0f}",
-            f"{d.queue_then}",
             queue_text(d),
             verdict_text(d),
             d.trace_id,
