@@ -41,9 +41,13 @@ class Cell:
     variant: Variant
     sampling: float
     """Share of the requests whose ``traceparent`` is sampled."""
+    hooks: bool = True
+    """False: the plugin's hooks are taken out of the running server for this cell."""
 
     @property
     def name(self) -> str:
+        if not self.hooks:
+            return f"{self.variant.name}, hooks out"
         return f"{self.variant.name}, {self.sampling:.0%}" if self.variant.traced else self.variant.name
 
 
@@ -52,6 +56,8 @@ NOISE = Cell(CONTROL, 0.0)
 BUILT_IN_FULL = Cell(BUILT_IN, 1.0)
 FULL = Cell(PLUGIN, 1.0)
 COMPARED = (BASE, BUILT_IN_FULL, FULL)
+OUT = Cell(PLUGIN, 0.0, hooks=False)
+"""What a server with the plugin is compared with where it shall be itself."""
 LADDER = (Cell(PLUGIN, 0.0), Cell(PLUGIN, 0.01), Cell(PLUGIN, 0.1), FULL)
 PRESSED = (Cell(HANGS, 1.0), Cell(DOWN, 1.0))
 
@@ -83,7 +89,7 @@ class Plan:
 TINY = Plan(
     model="tiny, random weights",
     path=None,
-    cells=tuple(dict.fromkeys((*COMPARED, NOISE, *LADDER, *PRESSED))),
+    cells=tuple(dict.fromkeys((*COMPARED, NOISE, OUT, *LADDER, *PRESSED))),
     starts=8,
     rounds=5,
     requests=96,
@@ -95,7 +101,7 @@ TINY = Plan(
 SMOL = Plan(
     model="SmolLM2-135M-Instruct",
     path=SMOLLM2,
-    cells=(*COMPARED, NOISE),
+    cells=(*COMPARED, NOISE, OUT),
     starts=2,
     rounds=10,
     requests=12,
@@ -105,5 +111,5 @@ SMOL = Plan(
     vocabulary=40_000,
 )
 
-QUICK = replace(TINY, cells=tuple(dict.fromkeys((*COMPARED, *LADDER))), starts=1, rounds=2, requests=48)
+QUICK = replace(TINY, cells=tuple(dict.fromkeys((*COMPARED, OUT, *LADDER))), starts=1, rounds=2, requests=48)
 """A smoke run."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.overhead import load
-from bench.overhead.plans import BUILT_IN, PLUGIN, Cell, Plan, Variant
+from bench.overhead.plans import BUILT_IN, OUT, PLUGIN, Cell, Plan, Variant
 from bench.overhead.servers import Cpu, Memory, Server, serve
 from bench.sink import Counts
 
@@ -81,6 +81,7 @@ class _Start:
         self._servers = servers
         self._say = say
         self._sampled = dict.fromkeys(servers, 0)
+        self._hooks = dict.fromkeys(servers, True)
         # vLLM traces its own start as well.
         self._before = {variant: server.exported() for variant, server in servers.items()}
 
@@ -89,6 +90,8 @@ class _Start:
             for variant in self._servers:
                 self._cell(Cell(variant, 1.0), number)
         self._check_spans()
+        if OUT in self._plan.cells:
+            self._check_switch()
         for number in range(self._plan.rounds):
             cells = list(self._plan.cells)
             random.Random(f"{self._start} {number}").shuffle(cells)
@@ -112,6 +115,9 @@ class _Start:
             load.encode(request, salt=f"{self._start}-{number}-{cell.name}", sampled=flag, ids=ids)
             for request, flag in zip(asked, flags, strict=True)
         ]
+        if cell.hooks != self._hooks[cell.variant]:
+            server.switch(cell.hooks)
+            self._hooks[cell.variant] = cell.hooks
         cpu, exported = server.cpu(), server.exported()
         done = load.drive(server.port, messages, plan.concurrency)
         time.sleep(SETTLE_S)
@@ -135,10 +141,15 @@ class _Start:
         """End the program where a server does not trace as its variant says: its numbers would mean nothing."""
         for variant, least, most in ((BUILT_IN, 1, 1), (PLUGIN, 3, 4)):
             server = self._servers.get(variant)
-            if server is None:
-                continue
-            sampled, spans = self._sampled[variant], self._exported(variant).spans
-            if not least * sampled <= spans <= most * sampled:
-                sys.exit(
-                    f"{variant.name}: {spans} spans for {sampled} requests; its log:\n{server.log.read_text()[-4000:]}"
-                )
+            if server is not None:
+                self._check_count(variant, self._sampled[variant], self._exported(variant).spans, least, most)
+
+    def _check_switch(self) -> None:
+        """The same for a server whose hooks are out: it has to send vLLM's own spans, and no others."""
+        sample = self._cell(Cell(PLUGIN, 1.0, hooks=False), -1)
+        self._check_count(PLUGIN, sample.sampled, sample.exported.spans, 1, 1)
+
+    def _check_count(self, variant: Variant, sampled: int, spans: int, least: int, most: int) -> None:
+        if not least * sampled <= spans <= most * sampled:
+            log = self._servers[variant].log.read_text()
+            sys.exit(f"{variant.name}: {spans} spans for {sampled} requests; its log:\n{log[-4000:]}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,12 +16,14 @@ from typing import NamedTuple
 import psutil
 
 from bench import model_server
+from bench.overhead import switch
 from bench.overhead.plans import PYTHON, Variant
 from bench.processes import free_ports, process, wait
 from bench.sink import Counts, Receiver, sink
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 600
+SWITCH_TIMEOUT_S = 10
 HANGS_S = 60.0
 """Longer than the 10 s after which an OTLP exporter gives up."""
 KV_CACHE_BYTES = 1 << 28
@@ -70,6 +74,19 @@ class Server:
         found = [each.memory_full_info() for each in (self.main, *self.main.children(recursive=True))]
         return Memory(sum(each.rss for each in found), sum(each.pss for each in found))
 
+    def switch(self, hooks: bool) -> None:
+        """Take the plugin's hooks out of all of the server's processes, or put them back; nothing may be under way."""
+        said = f"{switch.SAYS}{'in' if hooks else 'out'}"
+        children = [each for each in self.main.children(recursive=True) if each.name().startswith("VLLM::")]
+        before = self._lines(said)
+        for each in (self.main, *children):
+            each.send_signal(switch.IN if hooks else switch.OUT)
+        deadline = time.monotonic() + SWITCH_TIMEOUT_S
+        while self._lines(said) < before + 1 + len(children):
+            if time.monotonic() > deadline:
+                sys.exit(f"{self.variant.name} did not say {said!r} within {SWITCH_TIMEOUT_S} s; its log: {self.log}")
+            time.sleep(0.02)
+
     def exported(self) -> Counts:
         return self.receiver.counts() if self.receiver else Counts()
 
@@ -77,12 +94,21 @@ class Server:
         """Lines about export and drops in the server's log."""
         return sum(1 for line in self.log.read_text(errors="replace").splitlines() if _COMPLAINTS.search(line))
 
+    def _lines(self, text: str) -> int:
+        return self.log.read_text(errors="replace").count(text)
+
 
 def install_plugin(folder: Path) -> Path:
-    """Put this checkout into ``folder``, which only the servers that shall have the plugin can import from."""
+    """Put this checkout, and the switch, into ``folder``: only servers that shall have the plugin import from there."""
     command = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--no-deps", "--refresh-package", "llmtrace"]
     command += ["--target", str(folder), str(ROOT)]
     subprocess.run(command, check=True)
+    name = "overhead_bench_switch"
+    shutil.copy(switch.__file__, folder / f"{name}.py")
+    package = folder / f"{name}-1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+    (package / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{name} = {name}:register\n")
     return folder
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import time
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -16,14 +18,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from bench.overhead import analysis, load, report
+from bench.overhead import analysis, load, report, switch
 from bench.overhead.analysis import Losses, Percentiles
 from bench.overhead.engine_loop import Costs
 from bench.overhead.load import Load, Stream, Times
-from bench.overhead.plans import BASE, BUILT_IN_FULL, DOWN, FULL, LADDER, PLUGIN, PRESSED, TINY, Cell
+from bench.overhead.plans import BASE, BUILT_IN_FULL, DOWN, FULL, LADDER, OUT, PLUGIN, PRESSED, TINY, Cell
 from bench.overhead.rounds import Measured, Sample, Usage
 from bench.overhead.servers import Cpu, Memory
 from bench.sink import SERVICE, Counts, sink
+from llmtrace.engine import compat, hooks
 from llmtrace.errors import UserError
 from llmtrace.stats import Interval
 
@@ -240,7 +243,38 @@ def test_the_verdict_is_the_interval_s(low: float, high: float, says: str) -> No
     changes = replace(
         result.against_none[FULL.name], throughput=Interval(estimate=(low + high) / 2, low=low, high=high)
     )
-    assert says in report.verdict(replace(result, against_none={FULL.name: changes}))
+    against = {FULL.name: changes}
+    assert says in report.verdict(replace(result, against_none=against, against_itself={}))
+    assert says in report.verdict(replace(result, against_itself=against)).partition("same process")[2]
+
+
+def test_a_server_is_compared_with_itself() -> None:
+    found = measured(lambda _start, _number: 1.0)
+    plan = replace(found.plan, cells=(*found.plan.cells, OUT))
+    for each in found.samples[::2]:
+        found.samples.append(sample(BUILT_IN_FULL, each.start, each.round, each.load.seconds))
+        found.samples.append(sample(OUT, each.start, each.round, each.load.seconds / 1.25))
+    found.usages.extend(Usage(variant, 0, Memory(1, 1), 1, Counts(), 0) for variant in plan.variants)
+    slower = analysis.analyse(replace(found, plan=plan))
+    assert set(slower.against_itself) == {FULL.name}
+    assert slower.against_itself[FULL.name].throughput.estimate == pytest.approx(-20)
+    assert slower.against_none[FULL.name].throughput.estimate == pytest.approx(0)
+
+
+def test_the_switch_takes_hooks_out_and_puts_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    owner = type("Owner", (), {"step": lambda self: "result"})
+    module = types.ModuleType("a_module")
+    module.Owner = owner  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    hook = replace(compat.HOOKS[0], module=module.__name__, owner="Owner", function="step")
+    monkeypatch.setattr(compat, "HOOKS", (hook,))
+    hooks.wrap(owner, "step", hooks.Guard(), before=lambda *_: calls.append(1))
+    for turn, (move, expected) in enumerate(((None, 1), (switch.OUT, 1), (switch.OUT, 1), (switch.IN, 2))):
+        if move is not None:
+            {switch.OUT: switch._out, switch.IN: switch._in}[move](move, None)
+        assert owner().step() == "result"  # type: ignore[attr-defined]
+        assert len(calls) == expected, turn
 
 
 def test_the_sink_counts_what_it_answers_and_nothing_else() -> None:
