@@ -24,6 +24,8 @@ class Variant:
     plugin: bool = False
     collector: Collector = "up"
     """Whether what its spans are sent to answers, answers long after the exporter's timeout, or is not there."""
+    timed: bool = False
+    """Its hooks are timed (:mod:`bench.overhead.inside`)."""
 
 
 NONE = Variant("no tracing", traced=False)
@@ -31,6 +33,7 @@ CONTROL = Variant("no tracing, again", traced=False)
 BUILT_IN = Variant("vLLM's own")
 PLUGIN = Variant("llmtrace", plugin=True)
 HANGS = Variant("llmtrace, collector hangs", plugin=True, collector="hangs")
+TIMED = Variant("llmtrace, timed", plugin=True, timed=True)
 DOWN = Variant("llmtrace, collector down", plugin=True, collector="down")
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.overhead.analysis import Changes, Percentiles, Result
 from bench.overhead.engine_loop import Costs
+from bench.overhead.live import Live
 from bench.overhead.plans import BASE, BUILT_IN_FULL, FULL, LADDER, NOISE, PRESSED, VLLM_VERSION
 from llmtrace.errors import UserError
 from llmtrace.stats import Interval
@@ -45,9 +46,9 @@ def write_into(path: Path, text: str) -> None:
     path.write_text(f"{head}{BEGIN}\n{text.strip()}\n{END}{tail}")
 
 
-def data(results: Sequence[Result], costs: Sequence[Costs]) -> dict[str, Any]:
+def data(results: Sequence[Result], costs: Sequence[Costs], running: Mapping[str, Live]) -> dict[str, Any]:
     """Everything as JSON takes it."""
-    found = {"machine": machine(), "results": results, "engine_loop": costs}
+    found = {"machine": machine(), "results": results, "engine_loop": costs, "running_server": running}
     plain: dict[str, Any] = json.loads(json.dumps(found, default=_plain))
     return plain
 
@@ -74,7 +75,7 @@ def interval(value: Interval) -> str:
     return f"{value.estimate:+.1f} % ({value.low:+.1f} to {value.high:+.1f})"
 
 
-def page(results: Sequence[Result], costs: Sequence[Costs]) -> str:
+def page(results: Sequence[Result], costs: Sequence[Costs], running: Mapping[str, Live]) -> str:
     """Everything, in the order of docs/overhead.md."""
     parts = [f"Measured with {machine()}.", "\n".join(f"- {verdict(each)}" for each in results)]
     for each in results:
@@ -84,6 +85,7 @@ def page(results: Sequence[Result], costs: Sequence[Costs]) -> str:
         if set(PRESSED) <= set(each.plan.cells):
             parts += ["#### A collector that is not well", pressure(each)]
     parts += ["### In the engine's loop", engine_loop(costs)]
+    parts += ["### In a running server", running_server(running)]
     return "\n\n".join(parts)
 
 
@@ -219,6 +221,23 @@ def engine_loop(costs: Sequence[Costs]) -> str:
         f"{of.own_request:.0f} µs in the event loop and {of.own_export_request:.0f} µs in the exporter's thread."
     )
     return f"{table(head, rows)}\n\n{per_request}"
+
+
+def running_server(running: Mapping[str, Live]) -> str:
+    """The hooks of every step, timed in a server that serves."""
+    head = ["tiny model, sampled", "engine core", "median", "API server", "step", "engine core's share"]
+    rows = [
+        [
+            share,
+            f"{each.engine:.1f} µs",
+            f"{each.engine_median:.1f} µs",
+            f"{each.api_server:.1f} µs",
+            f"{each.step:,.0f} µs",
+            f"{each.engine / each.step * 100:.2f} %",
+        ]
+        for share, each in running.items()
+    ]
+    return table(head, rows)
 
 
 def machine() -> str:

@@ -18,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from bench.overhead import analysis, load, report, switch
+from bench.overhead import analysis, inside, load, report
 from bench.overhead.analysis import Losses, Percentiles
 from bench.overhead.engine_loop import Costs
+from bench.overhead.live import Live
 from bench.overhead.load import Load, Stream, Times
 from bench.overhead.plans import BASE, BUILT_IN_FULL, DOWN, FULL, LADDER, OUT, PLUGIN, PRESSED, TINY, Cell
 from bench.overhead.rounds import Measured, Sample, Usage
@@ -202,7 +203,8 @@ def test_the_page_has_a_row_for_every_cell_and_is_written_between_its_markers(tm
     page = tmp_path / "overhead.md"
     page.write_text(f"# Before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     results = [whole()]
-    report.write_into(page, report.page(results, COSTS))
+    running = {"0%": Live(10, 9, 6, 2000), "100%": Live(20, 15, 6, 2000)}
+    report.write_into(page, report.page(results, COSTS, running))
     text = page.read_text()
     assert text.startswith(f"# Before\n{report.BEGIN}\n")
     assert text.endswith(f"\n{report.END}\nafter\n")
@@ -212,9 +214,11 @@ def test_the_page_has_a_row_for_every_cell_and_is_written_between_its_markers(tm
     for cell in PRESSED:
         assert f"| {cell.variant.name} " in text
     assert "0.45 %" in text
+    assert "1.00 %" in text
     report.write_into(page, "again")
     assert page.read_text() == f"# Before\n{report.BEGIN}\nagain\n{report.END}\nafter\n"
-    data = report.data(results, COSTS)
+    data = report.data(results, COSTS, running)
+    assert data["running_server"]["100%"]["step"] == 2000
     assert data["results"][0]["summaries"][FULL.name]["tokens_per_s"] == pytest.approx(200)
     assert data["results"][0]["against_none"][FULL.name]["throughput"]["estimate"] == 0
 
@@ -270,11 +274,25 @@ def test_the_switch_takes_hooks_out_and_puts_them_back(monkeypatch: pytest.Monke
     hook = replace(compat.HOOKS[0], module=module.__name__, owner="Owner", function="step")
     monkeypatch.setattr(compat, "HOOKS", (hook,))
     hooks.wrap(owner, "step", hooks.Guard(), before=lambda *_: calls.append(1))
-    for turn, (move, expected) in enumerate(((None, 1), (switch.OUT, 1), (switch.OUT, 1), (switch.IN, 2))):
+    for move, expected in ((None, 1), (inside._out, 1), (inside._out, 1), (inside._in, 2)):
         if move is not None:
-            {switch.OUT: switch._out, switch.IN: switch._in}[move](move, None)
+            move(0, None)
         assert owner().step() == "result"  # type: ignore[attr-defined]
-        assert len(calls) == expected, turn
+        assert len(calls) == expected
+
+
+def test_what_a_hook_adds_is_timed_without_vllms_own_function() -> None:
+    samples: list[int] = []
+    clock = inside._Clock(samples)
+    slow = clock.inner(lambda: time.sleep(0.05))
+
+    def hooked() -> None:
+        time.sleep(0.01)
+        slow()
+
+    clock.outer(hooked)()
+    assert 10e6 <= samples[0] < 40e6
+    assert inside._summary([1000] * 99 + [10**9]) == {"calls": 100, "median": 1.0, "mean": 1.0}
 
 
 def test_the_sink_counts_what_it_answers_and_nothing_else() -> None:
