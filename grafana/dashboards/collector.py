@@ -15,7 +15,8 @@ SPANS = Row(
     (
         Panel(
             "Taken and sent",
-            "Spans per second that came in, and that each exporter's backend took. With tail sampling fewer go out than "
+            "Spans per second that came in, and that each exporter's backend took. With tail sampling fewer go out "
+            "than "
             "come in.",
             "ops",
             (
@@ -28,7 +29,8 @@ SPANS = Row(
         ),
         Panel(
             "Refused",
-            "Spans per second that the Collector refused, for lack of memory or of room in its queue. Senders try again; what "
+            "Spans per second that the Collector refused, for lack of memory or of room in its queue. Senders try "
+            "again; what "
             "they cannot hold is lost there.",
             "ops",
             (Query(rate("otelcol_receiver_refused_spans_total", COLLECTOR, "instance"), "{{instance}}"),),
@@ -71,7 +73,8 @@ SPANS = Row(
         ),
         Panel(
             "Dropped by the senders",
-            "Before the Collector: requests whose spans vLLM's plugin dropped since its queue was full, and spans that Envoy "
+            "Before the Collector: requests whose spans vLLM's plugin dropped since its queue was full, and spans "
+            "that Envoy "
             "dropped.",
             "ops",
             (
@@ -117,7 +120,8 @@ METRICS = Row(
         ),
         Panel(
             "Series of span metrics",
-            "Series of one span metric, and whether any sender reached the limit: what is over it is counted together under "
+            "Series of one span metric, and whether any sender reached the limit: what is over it is counted "
+            "together under "
             "the label otel_metric_overflow.",
             "short",
             (
@@ -209,7 +213,8 @@ PROCESS = Row(
         ),
         Note(
             "What a gap means",
-            "Spans are lost for good only where **Given up** or **Dropped by the senders** rises. **Refused** spans come "
+            "Spans are lost for good only where **Given up** or **Dropped by the senders** rises. **Refused** spans "
+            "come "
             "again as long as the sender holds them. While a backend is down, its queue fills on disk and empties "
             "afterwards: traces then arrive late, not never.",
             height=4,

@@ -102,7 +102,8 @@ BATCH = Row(
         ),
         Panel(
             "Prompt tokens by source",
-            "Prompt tokens per second that were computed here, found in the local cache, or brought from another server.",
+            "Prompt tokens per second that were computed here, found in the local cache, or brought from another "
+            "server.",
             "short",
             (Query(rate("vllm:prompt_tokens_by_source_total", VLLM, "source"), "{{source}}"),),
             stacked=True,
@@ -117,7 +118,8 @@ BATCH = Row(
         ),
         Panel(
             "Why requests ended",
-            "Requests per second by finish reason: the end of the answer, its length limit, the client's hang-up, an error.",
+            "Requests per second by finish reason: the end of the answer, its length limit, the client's hang-up, an "
+            "error.",
             "reqps",
             (Query(rate("vllm:request_success_total", VLLM, "finished_reason"), "{{finished_reason}}"),),
             width=8,
@@ -139,7 +141,8 @@ CACHE = Row(
         ),
         Panel(
             "Preemptions",
-            "Requests per second that lost their place in the batch since the KV cache was full; they begin again later.",
+            "Requests per second that lost their place in the batch since the KV cache was full; they begin again "
+            "later.",
             "ops",
             (Query(rate("vllm:num_preemptions_total", VLLM, "instance"), "{{instance}}"),),
             thresholds=limits(0.1, 1),

@@ -50,7 +50,8 @@ NOW = Row(
         ),
         Panel(
             "TTFT, 95 %",
-            "Time from a request to the first part of its response, as the picker sees it: 95 % of requests are faster.",
+            "Time from a request to the first part of its response, as the picker sees it: 95 % of requests are "
+            "faster.",
             "s",
             (Query(quantile(0.95, PICKER_TTFT, PICKER), "p95"),),
             kind="stat",
@@ -151,11 +152,10 @@ LATENCIES = Row(
         ),
         Panel(
             "TTFT at the picker",
-            "From a request's headers to the first part of its response, the whole prefill of a split request included.",
+            "From a request's headers to the first part of its response, the whole prefill of a split request "
+            "included.",
             "s",
-            tuple(
-                Query(quantile(share, PICKER_TTFT, PICKER), f"p{share * 100:g}") for share in (0.5, 0.95, 0.99)
-            ),
+            tuple(Query(quantile(share, PICKER_TTFT, PICKER), f"p{share * 100:g}") for share in (0.5, 0.95, 0.99)),
             thresholds=limits(1, 2),
             width=8,
         ),
@@ -169,7 +169,8 @@ LATENCIES = Row(
         ),
         Panel(
             "TTFT in the model servers",
-            "From a request's arrival at the model server to its first token, by endpoint. An exemplar leads to the trace.",
+            "From a request's arrival at the model server to its first token, by endpoint. An exemplar leads to the "
+            "trace.",
             "s",
             (
                 Query(
@@ -220,7 +221,8 @@ SATURATION = Row(
         ),
         Panel(
             "KV cache in use",
-            "Share of the blocks of each model server's KV cache that running requests hold. Near 1 requests are preempted.",
+            "Share of the blocks of each model server's KV cache that running requests hold. Near 1 requests are "
+            "preempted.",
             "percentunit",
             (Query(f"max by (instance) (vllm:kv_cache_usage_perc{{{VLLM}}})", "{{instance}}"),),
             thresholds=limits(0.8, 0.95),

@@ -43,7 +43,8 @@ DECISION = Row(
         ),
         Panel(
             "Decisions by reason",
-            "Requests per second by the picker's decision and its reason: the prompt, less what the decode server has cached, "
+            "Requests per second by the picker's decision and its reason: the prompt, less what the decode server "
+            "has cached, "
             "is long enough to be split, or why not.",
             "reqps",
             (
@@ -124,7 +125,8 @@ TRANSFER = Row(
         ),
         Panel(
             "Failed transfers",
-            "Transfers per second that failed, at the decode server, and requests whose KV nobody fetched in time, at the "
+            "Transfers per second that failed, at the decode server, and requests whose KV nobody fetched in time, "
+            "at the "
             "prefill server. Anything above 0 wants an explanation.",
             "ops",
             (
@@ -150,7 +152,8 @@ LEGS = Row(
     (
         Panel(
             "Legs at the sidecar",
-            "How long the sidecars wait for each leg of a split request: prefill until its answer, decode until its last "
+            "How long the sidecars wait for each leg of a split request: prefill until its answer, decode until its "
+            "last "
             "token. An exemplar leads to the trace.",
             "s",
             tuple(
@@ -166,7 +169,8 @@ LEGS = Row(
         ),
         Panel(
             "TTFT in the model servers by role",
-            "From the arrival at a prefill server, or at a decode server, to the first token there. A split request passes "
+            "From the arrival at a prefill server, or at a decode server, to the first token there. A split request "
+            "passes "
             "both, one after the other.",
             "s",
             tuple(

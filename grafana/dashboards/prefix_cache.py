@@ -16,6 +16,11 @@ def lookup_hits(counter: str) -> str:
     return rate(f"llm_d_epp_kv_cache_index_{counter}_total", NAMESPACE)
 
 
+def lost_events(why: str) -> str:
+    """Events of the servers' KV caches that pickers lost lately."""
+    return f"sum by (pod_identifier) (increase(llmtrace_kv_cache_events_{why}_total{{{NAMESPACE}}}[{INTERVAL}]))"
+
+
 SHARE = Row(
     "What is cached",
     (
@@ -41,7 +46,8 @@ SHARE = Row(
         ),
         Panel(
             "Requests by cached share",
-            "Requests per second whose prompt was not cached, cached to less than half, or to half and more, by endpoint.",
+            "Requests per second whose prompt was not cached, cached to less than half, or to half and more, by "
+            "endpoint.",
             "reqps",
             (
                 Query(
@@ -88,7 +94,8 @@ WORTH = Row(
         ),
         Panel(
             "TTFT by picker",
-            "Time to the first part of the response, 95 %, of each picker: with several at work, such as one that looks at "
+            "Time to the first part of the response, 95 %, of each picker: with several at work, such as one that "
+            "looks at "
             "the cache and one that does not, this compares them.",
             "s",
             (Query(quantile(0.95, "llm_d_epp_request_ttft_seconds", PICKER, "instance"), "p95 {{instance}}"),),
@@ -108,7 +115,8 @@ INDEX = Row(
     (
         Panel(
             "Predicted share",
-            "Mean share of the prompt that the picked endpoint should have had cached, by picker. Far above the hit share: "
+            "Mean share of the prompt that the picked endpoint should have had cached, by picker. Far above the hit "
+            "share: "
             "the index is out of date.",
             "percentunit",
             (Query(mean("llm_d_epp_prefix_indexer_hit_ratio", NAMESPACE, "instance"), "{{instance}}"),),
@@ -141,12 +149,12 @@ INDEX = Row(
             "short",
             (
                 Query(
-                    f"sum by (pod_identifier) (increase(llmtrace_kv_cache_events_missed_total{{{NAMESPACE}}}[{INTERVAL}]))",
+                    lost_events("missed"),
                     "missed {{pod_identifier}}",
                     may_be_empty=PRECISE,
                 ),
                 Query(
-                    f"sum by (pod_identifier) (increase(llmtrace_kv_cache_events_dropped_total{{{NAMESPACE}}}[{INTERVAL}]))",
+                    lost_events("dropped"),
                     "not understood {{pod_identifier}}",
                     may_be_empty=PRECISE,
                 ),
