@@ -166,6 +166,7 @@ class _JaegerQuery(Builder[UnknownDataquery]):
 def _table(item: TraceTable | JaegerTable, datasource: models.DataSourceRef) -> table.Panel:
     return (
         table.Panel()
+        .show_header(True)
         .title(item.title)
         .description(item.description)
         .datasource(datasource)

@@ -74,7 +74,7 @@ ENDPOINTS = Row(
     "By endpoint and role",
     (
         Panel(
-            "Accelerator-seconds per request",
+            "Accelerator-seconds per request by endpoint",
             "What each model server holds, per request that ends there. A split request ends at two of them: its "
             "cost is "
             "the sum of a prefill server's and a decode server's.",
@@ -88,7 +88,7 @@ ENDPOINTS = Row(
             endpoint_label="instance",
         ),
         Panel(
-            "Accelerator-seconds per 1,000 tokens",
+            "Accelerator-seconds per 1,000 tokens by endpoint",
             "What each model server holds, per 1,000 tokens of prompts and answers that it works on. Cached prompt "
             "tokens count too, so that a warm cache makes tokens cheap.",
             "s",
@@ -128,7 +128,7 @@ ENDPOINTS = Row(
             endpoint_label="instance",
         ),
         Panel(
-            "Accelerator-seconds by role",
+            "Accelerators by role",
             "Accelerators that the servers of each role hold.",
             "short",
             (Query(f"$accelerators * sum by (role) ({ENGINES})", "{{role}}"),),

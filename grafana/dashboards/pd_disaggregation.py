@@ -230,7 +230,7 @@ TRACES = Row(
             width=8,
         ),
         TraceTable(
-            "Failed transfers",
+            "Requests without their KV",
             "Requests whose KV did not come.",
             '{ resource.service.name = "vllm" && name = "kv_load" && span.llmtrace.kv_load.failed = true }',
             width=8,

@@ -30,11 +30,6 @@ def stack() -> Stack:
     stack = Stack.load()
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda number: ask(stack, number), range(REQUESTS)))
-    # Two scrapes and a flush of the Collector's span metrics, so that rates have something to go by.
-    ask(stack, 0)
-    time.sleep(12)
-    ask(stack, 1)
-    time.sleep(12)
     return stack
 
 
@@ -53,6 +48,16 @@ def ask(stack: Stack, number: int) -> None:
 
 
 def test_every_panel_has_data(stack: Stack) -> None:
+    # Rates need two scrapes, and two flushes of the Collector's span metrics, with requests between them.
+    deadline = time.monotonic() + 90
+    while empty := without_data(stack):
+        assert time.monotonic() < deadline, empty
+        ask(stack, 0)
+        time.sleep(2)
+
+
+def without_data(stack: Stack) -> list[str]:
+    """The queries of the scenario's dashboards that should have data and have none."""
     empty: list[str] = []
     asked = 0
     end = time.time()
@@ -73,7 +78,7 @@ def test_every_panel_has_data(stack: Stack) -> None:
                     if not answer.json()["data"]["result"] and not query.may_be_empty and not elsewhere:
                         empty.append(f"{board.uid}: {panel.title}: {expr}")
     assert asked > 60
-    assert empty == []
+    return empty
 
 
 def test_the_variables_have_values(stack: Stack) -> None:
@@ -96,12 +101,15 @@ def test_every_alert_is_loaded_and_the_traces_are_whole(stack: Stack) -> None:
 def test_every_trace_table_is_answered_by_the_store(stack: Stack) -> None:
     client = TempoClient(stack.store)
     found: dict[str, int] = {}
+    now = int(time.time())
     for board in boards():
         dashboard = json.loads((FOLDER / f"{board.uid.removeprefix('llmtrace-')}.json").read_text())
         values = defaults(dashboard)
         for table in board.trace_tables():
             if not table.beyond_store:
-                found[table.title] = len(client.search(substitute(table.traceql, values), limit=20))
+                found[table.title] = len(
+                    client.search(substitute(table.traceql, values), start_s=now - RANGE_S, end_s=now + 5, limit=20)
+                )
     client.close()
     wanted = {"prefix-cache": "Prompts from the cache", "pd-disaggregation": "Split requests"}
     assert found[wanted[stack.scenario]] > 0, found
