@@ -55,7 +55,7 @@ class Span:
 
     __slots__ = (
         *("_end_ns", "_ended", "_error", "_first", "_kind", "_parent", "_start_ns"),
-        *("attributes", "context", "encoded", "name", "tracer"),
+        *("attributes", "context", "encoded", "links", "name", "tracer"),
     )
 
     def __init__(
@@ -71,6 +71,7 @@ class Span:
         self.name = name
         self.context = context
         self.attributes: Attributes = {}
+        self.links: tuple[SpanContext, ...] = ()
         self._parent = parent
         self._kind = kind
         self._error: tuple[str, str, int] | None = None
@@ -130,6 +131,12 @@ class Span:
                 message.flags |= _IS_REMOTE
         if context.trace_state:
             message.trace_state = context.trace_state.to_header()
+        for link in self.links:
+            message.links.add(
+                trace_id=link.trace_id.to_bytes(16, "big"),
+                span_id=link.span_id.to_bytes(8, "big"),
+                flags=_HAS_IS_REMOTE | (_IS_REMOTE if link.is_remote else 0),
+            )
         if self._error is not None:
             _encode_error(message, *self._error)
         attributes = [_attribute(key, value) for key, value in self.attributes.items()]

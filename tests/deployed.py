@@ -26,7 +26,21 @@ def program(pattern: str) -> Path:
 
 def render(state_home: Path, variables: Mapping[str, object]) -> Path:
     """Render the configuration of the default inventory changed by ``variables``; return its folder."""
-    done = subprocess.run(
+    done = _render(state_home, variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return state_home / "llmtrace-kit/local/etc"
+
+
+def refusal(state_home: Path, variables: Mapping[str, object]) -> str:
+    """What the playbook says where it refuses ``variables``."""
+    done = _render(state_home, variables)
+    assert done.returncode != 0, done.stdout
+    # Ansible wraps its messages.
+    return " ".join((done.stdout + done.stderr).split())
+
+
+def _render(state_home: Path, variables: Mapping[str, object]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [
             Path(sys.executable).parent / "ansible-playbook",
             playbook.playbooks_dir() / "site.yml",
@@ -50,5 +64,3 @@ def render(state_home: Path, variables: Mapping[str, object]) -> Path:
         timeout=100,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return state_home / "llmtrace-kit/local/etc"

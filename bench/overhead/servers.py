@@ -13,26 +13,17 @@ from typing import NamedTuple
 
 import psutil
 
+from bench import model_server
 from bench.overhead.plans import PYTHON, Variant
 from bench.processes import free_ports, process, wait
 from bench.sink import Counts, Receiver, sink
 
 ROOT = Path(__file__).parents[2]
-TINY_MODEL_SCRIPT = Path(__file__).with_name("tiny_model.py")
 START_TIMEOUT_S = 600
 HANGS_S = 60.0
 """Longer than the 10 s after which an OTLP exporter gives up."""
 KV_CACHE_BYTES = 1 << 28
-ENVIRONMENT = {
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "MALLOC_ARENA_MAX": "2",
-    "OTEL_SERVICE_NAME": "vllm",
-    "OTEL_EXPORTER_OTLP_TRACES_INSECURE": "true",
+ENVIRONMENT = model_server.ENVIRONMENT | {
     # As in the kit's stack. Shorter than a round, so that a round pays for what it exports.
     "OTEL_BSP_SCHEDULE_DELAY": "500",
     "OTEL_TRACES_SAMPLER": "parentbased_always_on",
@@ -96,7 +87,7 @@ def install_plugin(folder: Path) -> Path:
 
 
 def make_tiny_model(folder: Path) -> Path:
-    subprocess.run([str(PYTHON), str(TINY_MODEL_SCRIPT), str(folder)], check=True, capture_output=True)
+    subprocess.run([str(PYTHON), str(model_server.TINY_MODEL_SCRIPT), str(folder)], check=True, capture_output=True)
     return folder
 
 
@@ -127,7 +118,7 @@ def _command(model: Path, port: int) -> list[str]:
         *("--model", str(model), "--served-model-name", "bench", "--host", "127.0.0.1", "--port", str(port)),
         *("--dtype", "bfloat16", "--max-model-len", "1024", "--block-size", "32", "--enforce-eager"),
         *("--kv-cache-memory-bytes", str(KV_CACHE_BYTES), "--gpu-memory-utilization", "0.15"),
-        *("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"),
+        *("--distributed-executor-backend", model_server.EXECUTOR),
     ]
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
 COMMON = (
-    *("errors.py", "telemetry.py", "spans.py", "flags.py", "durations.py", "endpoints_file.py", "watch.py"),
-    "semconv/attributes.py",
+    *("errors.py", "telemetry.py", "service.py", "spans.py", "flags.py", "durations.py"),
+    *("endpoints_file.py", "watch.py", "semconv/attributes.py"),
 )
 PARTS = {
     "services": (*COMMON, "picker", "sidecar", "traces"),

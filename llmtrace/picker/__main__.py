@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import uvloop
-
-from llmtrace.errors import UserError
+from llmtrace import service
 from llmtrace.flags import Parser, duration, port
 from llmtrace.picker.server import Options, PickerServer
 from llmtrace.spans import FastSpanExporter, Tracer
@@ -20,7 +16,6 @@ from llmtrace.telemetry import setup_tracing
 
 SERVICE_NAME = "llm-d-epp"
 SCOPE = "llmtrace.picker"
-SWITCH_INTERVAL_S = 0.0002
 DEFAULT_REFRESH = "500ms"
 
 
@@ -62,32 +57,16 @@ def options(arguments: Sequence[str]) -> Options:
     )
 
 
-async def _serve(server: PickerServer) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    await server.run(stop)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the picker until it is told to stop; returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    try:
-        found = options(sys.argv[1:] if arguments is None else arguments)
-        tracing = setup_tracing(SERVICE_NAME, exporter=FastSpanExporter)
-        try:
-            # Spans are encoded in a thread of their own: by default it may keep a request waiting for 5 ms.
-            sys.setswitchinterval(SWITCH_INTERVAL_S)
-            server = PickerServer(found, Tracer(tracing.provider, tracing.processor, SCOPE))
-            uvloop.run(_serve(server))
-        finally:
-            tracing.shutdown()
-    except UserError as error:
-        print(f"llmtrace.picker: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return service.command("llmtrace.picker", _run, arguments)
+
+
+def _run(arguments: Sequence[str]) -> None:
+    found = options(arguments)
+    tracing = setup_tracing(SERVICE_NAME, exporter=FastSpanExporter)
+    service.serve(lambda: PickerServer(found, Tracer(tracing.provider, tracing.processor, SCOPE)), tracing)
 
 
 if __name__ == "__main__":

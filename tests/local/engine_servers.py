@@ -26,6 +26,7 @@ import httpx
 import pytest
 from loopback import Receiver, free_port, sample_sum, until
 
+from bench import model_server
 from llmtrace.stack import cache_home
 
 CHECKOUT = Path(__file__).parents[2]
@@ -40,18 +41,7 @@ STOP_S = 20.0
 COMMAND_S = 240
 REQUEST_S = 60.0
 LOG_LINES = 150
-ENVIRONMENT = {
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "MALLOC_ARENA_MAX": "2",
-    "OTEL_SERVICE_NAME": "vllm",
-    "OTEL_EXPORTER_OTLP_TRACES_INSECURE": "true",
-    "OTEL_BSP_SCHEDULE_DELAY": "100",
-}
+ENVIRONMENT = model_server.ENVIRONMENT | {"OTEL_BSP_SCHEDULE_DELAY": "100"}
 
 
 @cache
@@ -93,7 +83,7 @@ def nixl_folder() -> Path:
 @cache
 def tiny_model() -> Path:
     """A model of half a megabyte."""
-    script = Path(__file__).with_name("make_tiny_model.py")
+    script = model_server.TINY_MODEL_SCRIPT
     digest = hashlib.sha256(script.read_bytes()).hexdigest()[:16]
     return _made(f"model/tiny-{digest}", lambda folder: _run(vllm_python(), script, folder))
 
@@ -119,12 +109,6 @@ def _install(folder: Path, *packages: str) -> None:
 def _run(*command: str | Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-needs_cores = pytest.mark.skipif(
-    (os.cpu_count() or 1) < 4,
-    reason="vLLM's processes spin while they wait; on fewer than 4 cores a hang-up is noticed too late",
-)
 
 
 class ModelServer:
@@ -163,6 +147,7 @@ class ModelServer:
                         "--kv-cache-memory-bytes",
                         str(KV_CACHE_BYTES),
                     ),
+                    *("--distributed-executor-backend", model_server.EXECUTOR),
                     *("--enable-prompt-tokens-details", "--otlp-traces-endpoint", receiver.url, *arguments),
                 ],
                 stdout=log,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_servers import MODEL, ModelServer, in_trace, needs_cores, new_trace_id, serving
+from engine_servers import MODEL, ModelServer, in_trace, new_trace_id, serving
 from engine_trees import settle, trees
 from engine_workload import Planned, completion, mixed, send
 from loopback import Receiver, receiving, sample_sum, until
@@ -65,7 +65,6 @@ def api_server_of(span: Span) -> object:
     return span.resource["vllm.process_id"]
 
 
-@needs_cores
 def test_two_engines_behind_two_api_servers(receiver: Receiver, tmp_path: Path) -> None:
     """Each request once, with the rank of the engine that had it; also one whose client hangs up."""
     server = ModelServer(

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from engine_servers import ModelServer, needs_cores, serving
+from engine_servers import ModelServer, serving
 from engine_trees import Tree, settle, trees
 from engine_workload import Answered, Planned, answer, chat, client, completion, mixed, refused, send, unsampled
 from loopback import Receiver, receiving, sample_sum, until
@@ -217,7 +217,6 @@ async def hang_up_in_the_queue(server: ModelServer, long: list[Planned], given_u
         await asyncio.gather(*running)
 
 
-@needs_cores
 def test_clients_that_hang_up_in_the_queue(server: ModelServer, receiver: Receiver) -> None:
     long = [completion("long", f"{number} " + "y" * 90, 500) for number in range(BATCH)]
     given_up = [
@@ -239,7 +238,6 @@ def hanging_up(number: int) -> Planned:
     )
 
 
-@needs_cores
 def test_clients_that_hang_up_in_the_middle(server: ModelServer, receiver: Receiver) -> None:
     given_up = [hanging_up(number) for number in range(9)]
     asyncio.run(send(server, [*given_up, *mixed(13, seed=8)], AT_ONCE))

@@ -18,15 +18,7 @@ THRESHOLD = 512
 
 
 @pytest.fixture(scope="module")
-def stack() -> Stack:
-    if Stack.load().scenario != SCENARIO.name:
-        done = llmtrace("up", "-e", f"scenario={SCENARIO.name}")
-        assert done.returncode == 0, done.stdout + done.stderr
-    return Stack.load()
-
-
-@pytest.fixture(scope="module")
-def answered(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+def answered(pd_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """One small run and its answer."""
     ran = llmtrace("run", SCENARIO.name, "--blocks", "1", "--seed", "11")
     assert ran.returncode == 0, ran.stderr
@@ -41,7 +33,7 @@ def requests(found: dict[str, Any], arm: str) -> list[dict[str, Any]]:
     return [r for r in found["requests"] if r["arm"] == arm]
 
 
-def test_verify_passes(stack: Stack) -> None:
+def test_verify_passes(pd_stack: Stack) -> None:
     done = llmtrace("verify", SCENARIO.name, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
@@ -87,11 +79,11 @@ def test_long_cold_prompts_move_megabytes_of_kv(answered: tuple[dict[str, Any], 
     assert all(t["failed"] == 0 for t in found["transfers"])
 
 
-def test_a_split_request_is_one_trace_over_both_servers(stack: Stack, answered: tuple[dict[str, Any], Path]) -> None:
+def test_a_split_request_is_one_trace_over_both_servers(pd_stack: Stack, answered: tuple[dict[str, Any], Path]) -> None:
     split = next(r for r in requests(answered[0], "by-threshold") if r["split"])
-    trace = TempoClient(stack.store).trace(split["trace_id"])
+    trace = TempoClient(pd_stack.store).trace(split["trace_id"])
     assert trace is not None
-    assert SCENARIO.further(trace, "by-threshold", stack) == []
+    assert SCENARIO.further(trace, "by-threshold", pd_stack) == []
     assert {s.instance for s in trace.named("llm_request")} == {split["prefill_server"], split["decode_server"]}
     done = llmtrace("trace", split["trace_id"])
     assert done.returncode == 0, done.stderr
@@ -99,9 +91,9 @@ def test_a_split_request_is_one_trace_over_both_servers(stack: Stack, answered: 
         assert words in done.stdout
 
 
-def test_no_prompt_text_is_in_any_trace(stack: Stack, answered: tuple[dict[str, Any], Path]) -> None:
+def test_no_prompt_text_is_in_any_trace(pd_stack: Stack, answered: tuple[dict[str, Any], Path]) -> None:
     split = next(r for r in requests(answered[0], "by-threshold") if r["split"])
-    trace = TempoClient(stack.store).trace(split["trace_id"])
+    trace = TempoClient(pd_stack.store).trace(split["trace_id"])
     text = repr(trace)
     for word in ("Skerry", "Fennel", "Corvid", "Tanner"):
         assert word not in text
@@ -112,7 +104,7 @@ def test_the_report_is_written(answered: tuple[dict[str, Any], Path]) -> None:
     assert answered[0]["run_id"] in page
 
 
-def test_another_scenario_s_commands_give_one_sentence(stack: Stack) -> None:
+def test_another_scenario_s_commands_give_one_sentence(pd_stack: Stack) -> None:
     done = llmtrace("run", "prefix-cache")
     assert done.returncode == 2
     assert done.stderr.strip().count("\n") == 0

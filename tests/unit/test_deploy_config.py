@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from deployed import program, render
+from deployed import program, refusal, render
 from picking import Handle
 from supervisor.options import ServerOptions
 
@@ -213,7 +213,7 @@ def test_the_arms_differ_only_in_who_chooses(etc: Path, arm: str, chooser: str) 
 
 def managers(etc: Path) -> list[dict[str, Any]]:
     listeners = read(etc / "envoy.yaml")["static_resources"]["listeners"]
-    return [listener["filter_chains"][0]["filters"][0]["typed_config"] for listener in listeners]
+    return [chain["filters"][0]["typed_config"] for listener in listeners for chain in listener["filter_chains"]]
 
 
 def test_envoy_passes_the_embedded_pickers_context_on(etc: Path) -> None:
@@ -239,3 +239,39 @@ def test_the_collectors_manifest_has_every_configured_component() -> None:
             wanted |= {key.split("/")[0].replace("_", "") for key in config.get(kind, {})}
     assert wanted
     assert [name for name in wanted if f"/{name}" not in built] == []
+
+
+@pytest.mark.parametrize(
+    ("networks", "ranges"),
+    [
+        ([], [None]),
+        (["127.0.0.1/32"], [[("127.0.0.1", 32)], None]),
+        (["10.0.0.0/8", "2001:db8::/32"], [[("10.0.0.0", 8), ("2001:db8::", 32)], None]),
+    ],
+)
+def test_traces_are_continued_for_stated_networks_only(tmp_path: Path, networks: list[str], ranges: list[Any]) -> None:
+    etc = render(tmp_path, {"trace_context_networks": networks, "trace_context_secret": "s3cret-of-16-chars"})
+    run(program("envoy/*/envoy/_bin/envoy"), "--mode", "validate", "--config-path", etc / "envoy.yaml")
+    for listener in read(etc / "envoy.yaml")["static_resources"]["listeners"]:
+        found = []
+        for chain in listener["filter_chains"]:
+            match = chain.get("filter_chain_match")
+            found.append(match and [(r["address_prefix"], r["prefix_len"]) for r in match["source_prefix_ranges"]])
+            manager = chain["filters"][0]["typed_config"]
+            mutations = manager["early_header_mutation_extensions"][0]["typed_config"]["mutations"]
+            assert ({"remove": "traceparent"} in mutations) == (match is None)
+            assert {"remove": "x-llmtrace-trace-secret"} in mutations, "no server sees the secret"
+        assert found == ranges
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"trace_context_networks": ["10.0.0.1/8"]}, "10.0.0.1/8 has host bits set"),
+        ({"trace_context_networks": ["everybody"]}, "give networks such as 10.0.0.0/8"),
+        ({"trace_context_secret": "short"}, "must be 16 or more"),
+        ({"trace_context_secret": "'] == '' ? 'x' : '"}, "must be 16 or more"),
+    ],
+)
+def test_an_edge_policy_that_cannot_be_is_refused(tmp_path: Path, variables: dict[str, Any], words: str) -> None:
+    assert words in refusal(tmp_path, variables)

@@ -196,6 +196,16 @@ def test_without_it_under_the_callers(picker: Picker) -> None:
     assert {s.parent_id for s in picker.spans if s.name == a.GATEWAY_SPAN} == {"2" * 16}
 
 
+def test_a_caller_whose_trace_is_not_continued_is_linked(picker: Picker) -> None:
+    stranger = ("4" * 32, "5" * 16)
+    for told in ("00-{}-{}-01".format(*stranger), "garbage", CLIENT):
+        exchange = picker.exchange({"traceparent": ENVOY})
+        route(exchange, **{a.CALLER_HEADER: told})
+        exchange.close()
+    linked = [span.links for span in picker.spans if span.name == a.GATEWAY_SPAN]
+    assert [[(link.trace_id, link.span_id) for link in links] for links in linked] == [[stranger], [], []]
+
+
 def test_without_tracing_the_callers_context_goes_on_untouched(tmp_path: Path) -> None:
     picker = Picker(tmp_path)
     off = Tracer(TracerProvider(), None, "off")

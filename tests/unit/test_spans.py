@@ -9,7 +9,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, Sampler, TraceIdRatioBased
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
+from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 
 from llmtrace.spans import FastSpanExporter, Span, Tracer, otlp_request
 from llmtrace.traces import otlp
@@ -24,6 +24,7 @@ def make(sampler: Sampler | None = None) -> tuple[Tracer, Memory]:
 
 
 def readable(span: Span, start: int, end: int, events: list[Event]) -> ReadableSpan:
+    """The same span of the SDK."""
     return ReadableSpan(
         name=span.name,
         context=span.context,
@@ -31,6 +32,7 @@ def readable(span: Span, start: int, end: int, events: list[Event]) -> ReadableS
         resource=RESOURCE,
         attributes=span.attributes,
         events=events,
+        links=[Link(context) for context in span.links],
         kind=span._kind,
         status=Status(StatusCode.ERROR, events[0].attributes["exception.message"]) if events else None,  # type: ignore[index, arg-type]
         start_time=start,
@@ -42,6 +44,7 @@ def readable(span: Span, start: int, end: int, events: list[Event]) -> ReadableS
 def test_the_encoding_is_that_of_the_sdk() -> None:
     tracer, memory = make()
     root = tracer.start("gateway.request", REMOTE, SpanKind.SERVER)
+    root.links = (SpanContext(5, 6, True, TraceFlags(1)), SpanContext(8, 9, False, TraceFlags(0)))
     root.attributes = {"text": "ä", "yes": True, "many": 3, "share": 0.5, "names": ("a", "b"), "scores": (1.0, 0.0)}
     child = root.child("inner", tracer=tracer.scoped("inner"))
     child.attributes = {"none": (), "tokens": (1, 2), "one": 1, "true": True}
@@ -56,8 +59,12 @@ def test_the_encoding_is_that_of_the_sdk() -> None:
     pairs = zip(memory.ended, ours, events, strict=True)
     theirs = encode_spans([readable(span, mine.start_ns, mine.end_ns, found) for span, mine, found in pairs])
     assert ours == list(otlp.spans(theirs.resource_spans))
-    flags = [s.flags for r in otlp_request(memory.ended).resource_spans for g in r.scope_spans for s in g.spans]
-    assert flags == [0x101, 0x301], "sampled; whether the parent is remote"
+    sent, expected = (
+        [span for r in request.resource_spans for group in r.scope_spans for span in group.spans]
+        for request in (otlp_request(memory.ended), theirs)
+    )
+    assert [span.flags for span in sent] == [0x101, 0x301], "sampled; whether the parent is remote"
+    assert [span.links for span in sent] == [span.links for span in expected]
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 1.0), (1, True), (0.0, False)])
