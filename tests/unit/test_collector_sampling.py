@@ -1,0 +1,132 @@
+"""Which traces the real gateway Collector keeps, and what it loses when it is killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from collecting import Backend, Collector, backend, collecting, spans_of, wait_for
+from loopback import sample_sum, until
+from opentelemetry.proto.trace.v1.trace_pb2 import Status
+
+from llmtrace.traces.otlp import key_values
+
+NONE = {"SAMPLED_PERCENT": "0", "SAMPLED_TENANTS": "[gold, silver]", "SAMPLED_TENANTS_PERCENT": "100"}
+SLOW = {"SLOW_TTFT_MS": "500", "SLOW_TPOT_MS": "50", "SLOW_TOTAL_MS": "5000"}
+ROOT = {"name": "ingress"}
+PARENT = b"\x09" * 8
+ERROR = Status(code=Status.STATUS_CODE_ERROR)
+
+
+def request(completion: int, decode: float) -> dict[str, Any]:
+    return {"gen_ai.usage.completion_tokens": completion, "gen_ai.latency.time_in_model_decode": decode}
+
+
+KEPT: dict[str, list[dict[str, Any]]] = {
+    "an error": [ROOT, {"parent_span_id": PARENT, "status": ERROR}],
+    "an error that is an attribute": [ROOT, {"attributes": {"error.type": "timeout"}}],
+    "Envoy's error": [ROOT | {"attributes": {"http.status_code": "503"}}],
+    "no response": [ROOT | {"attributes": {"http.status_code": "0"}}],
+    "a failed KV load": [ROOT, {"name": "kv_load", "attributes": {"llmtrace.kv_load.failed": True}}],
+    "slow TTFT of vLLM": [ROOT, {"attributes": {"gen_ai.latency.time_to_first_token": 0.6}}],
+    "slow TTFT at the gateway": [ROOT, {"attributes": {"llmtrace.gateway.ttft_ms": 600.0}}],
+    "slow TPOT": [ROOT, {"attributes": request(11, 0.6)}],
+    "slow TPOT of the plugin": [ROOT, {"attributes": {"llmtrace.decode.tpot_mean_ms": 60.0}}],
+    "slow as a whole": [ROOT | {"seconds": 6.0}],
+    "still running": [{"parent_span_id": PARENT, "name": "run_scheduler_profile"}],
+    "a marked split": [
+        ROOT,
+        {"name": "prepare_disaggregation", "attributes": {"llmtrace.pd.decision": "split", "llmtrace.sampling.keep": True}},
+    ],
+    "a scaling decision": [{"name": "llmtrace.autoscale.decision"}],
+    "a tenant with a share of its own": [ROOT, {"attributes": {"llmtrace.tenant": "gold"}}],
+}
+DROPPED: dict[str, list[dict[str, Any]]] = {
+    "nothing special": [ROOT | {"attributes": {"http.status_code": "200"}}, {"attributes": {"http.response.status_code": 404}}],
+    "fast": [ROOT, {"attributes": {"gen_ai.latency.time_to_first_token": 0.4} | request(11, 0.4)}],
+    "one token": [ROOT, {"attributes": request(1, 9.0)}],
+    "a split that nobody marked": [ROOT, {"attributes": {"llmtrace.pd.decision": "split"}}],
+    "a mark that says no": [ROOT, {"attributes": {"llmtrace.sampling.keep": False}}],
+    "a picker's request": [{"parent_span_id": PARENT, "name": "gateway.request"}],
+    "another tenant": [ROOT, {"attributes": {"llmtrace.tenant": "bronze"}}],
+}
+
+
+def test_what_is_kept(tmp_path: Path) -> None:
+    ids = {name: bytes([index + 1]) * 16 for index, name in enumerate([*KEPT, *DROPPED])}
+    names = {trace_id: name for name, trace_id in ids.items()}
+    with backend() as store, collecting("gateway", tmp_path, store, NONE | SLOW) as collector:
+        for name, spans in (KEPT | DROPPED).items():
+            # Each span by a request of its own, as from different components.
+            for span in spans:
+                assert collector.send(spans_of({"trace": ids[name], **span}))
+        wait_for(store, {ids[name] for name in KEPT})
+        until(lambda: decided(collector) == len(ids), "all decisions", 20, poll_s=0.2)
+        kept = {names[span.trace_id] for span in store.spans()}
+        assert kept == KEPT.keys()
+        counts = {name: sum(span.trace_id == ids[name] for span in store.spans()) for name in KEPT}
+        assert counts == {name: len(spans) for name, spans in KEPT.items()}
+        # What comes late follows the decision.
+        late = b"\xee" * 8
+        for name in ("nothing special", "an error"):
+            assert collector.send(spans_of({"trace": ids[name], "span": late, "parent_span_id": PARENT, "status": ERROR}))
+        until(lambda: late in store.span_ids(), "the late span", 20)
+        assert [names[s.trace_id] for s in store.spans() if s.span_id == late] == ["an error"]
+
+
+def decided(collector: Collector) -> float:
+    return sample_sum(collector.page(), "otelcol_processor_tail_sampling_global_count_traces_sampled_total")
+
+
+def test_a_share_of_the_rest(tmp_path: Path) -> None:
+    """Of 400 traces 25 %: between 15 % and 35 % with a certainty that no run will see the contrary of."""
+    with backend() as store, collecting("gateway", tmp_path, store, {"SAMPLED_PERCENT": "25"}) as collector:
+        assert collector.send(spans_of(*({"attributes": {"llmtrace.tenant": f"t{n}"}} for n in range(400))))
+        until(lambda: decided(collector) == 400, "all decisions", 20, poll_s=0.2)
+        until(lambda: len(store.spans()) >= 60, "the share", 20)
+        assert 60 <= len(store.spans()) <= 140
+
+
+def test_span_metrics_count_what_sampling_drops(tmp_path: Path) -> None:
+    with backend() as store, collecting("gateway", tmp_path, store, NONE) as collector:
+        assert collector.send(spans_of(*(dict(ROOT) for _ in range(50))))
+        until(lambda: decided(collector) == 50, "all decisions", 20, poll_s=0.2)
+        until(lambda: counted(store, "ingress") == 50, "the metric", 20)
+        assert store.spans() == []
+
+
+def counted(store: Backend, name: str) -> int:
+    wanted = key_values({"span.name": name})[0]
+    return max(
+        (
+            point.as_int
+            for request in store.metric_requests()
+            for group in request.resource_metrics
+            for scope in group.scope_metrics
+            for metric in scope.metrics
+            if metric.name == "llmtrace.span.calls"
+            for point in metric.sum.data_points
+            if wanted in point.attributes
+        ),
+        default=0,
+    )
+
+
+def test_a_stop_decides_and_a_kill_loses_only_what_waits(tmp_path: Path) -> None:
+    waiting = {"SAMPLED_PERCENT": "100", "DECISION_WAIT": "60s", "DECISION_WAIT_AFTER_ROOT": "1s"}
+    running = {"name": "llm_request", "parent_span_id": PARENT}
+    done, stopped, killed = (bytes([n]) * 16 for n in (1, 2, 3))
+    with backend() as store, collecting("gateway", tmp_path, store, waiting) as collector:
+        # Decided, and in the queue on disk, as the backend is down; the others wait for their roots.
+        store.stop()
+        assert collector.send(spans_of({"trace": done, **ROOT}))
+        until(lambda: decided(collector) == 1, "the decision", 20, poll_s=0.2)
+        assert collector.send(spans_of({"trace": stopped, **running}))
+        collector.stop()
+        collector.start()
+        assert collector.send(spans_of({"trace": killed, **running}))
+        collector.kill()
+        collector.start()
+        store.start()
+        wait_for(store, {done, stopped})
+        assert {span.trace_id for span in store.spans()} == {done, stopped}
