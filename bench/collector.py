@@ -1,10 +1,10 @@
 """Measures the gateway Collector: spans per second and core, against the same Collector with only OTLP in and out.
 
-``python -m bench.collector [--seconds N] [--rounds N] [--json]``. Both Collectors run at the same time and take turns: while one is
-loaded as much as it takes, the other idles. A span costs what the process used of the processor, so that the load
-generator on the same cores does not count. The gateway has its defaults (all metrics of spans, redaction, tail sampling, the queue on
-disk), a memory limit of 1 GiB, and sends to the same kind of sink as the other. Every request has new trace ids.
-Needs the Collector that ``llmtrace up`` installs.
+``python -m bench.collector [--seconds N] [--rounds N] [--json]``. Both Collectors run at the same time and take turns:
+while one is loaded as much as it takes, the other idles. A span costs what the process used of the processor, so that
+the load generator on the same cores does not count. The gateway has its defaults (all metrics of spans, redaction, tail
+sampling, the queue on disk), a memory limit of 1 GiB, and sends to the same kind of sink as the other. Every request
+has new trace ids. Needs the Collector that ``llmtrace up`` installs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ TRACES = 25
 NAMES = (
     *(("llmtrace-client", "chat m"), ("envoy", "ingress"), ("envoy", "router model-servers egress")),
     *(("llm-d-epp", name) for name in ("gateway.request", "gateway.request_orchestration", "run_scheduler_profile")),
-    *(("llm-d-epp", name) for name in ("filter_endpoints", "llm_d.epp.scoring", "pick_endpoints", "prepare_disaggregation")),
+    *(
+        ("llm-d-epp", name)
+        for name in ("filter_endpoints", "llm_d.epp.scoring", "pick_endpoints", "prepare_disaggregation")
+    ),
     *(("llm-d-epp", f"llm_d.epp.scorer.{name}-scorer") for name in ("prefix-cache", "queue", "kv-cache-utilization")),
     *(("llm-d-disagg-sidecar", name) for name in ("forward_request", "prefill", "decode")),
     *(("vllm", name) for name in ("llm_request", "queue", "prefill", "decode")),

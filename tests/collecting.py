@@ -45,11 +45,15 @@ STOP_TIMEOUT_S = 20
 
 
 class Backend(TraceServiceServicer):
-    """Takes traces by OTLP over HTTP and gRPC and metrics by HTTP; keeps what came, as it came."""
+    """Takes traces by OTLP over HTTP and gRPC and metrics by HTTP; keeps what came, as it came.
+
+    With another ``http_status`` than 200 it keeps nothing of HTTP and answers that.
+    """
 
     def __init__(self) -> None:
         self.traces: list[bytes] = []
         self.metrics: list[bytes] = []
+        self.http_status = 200
         self.http_port, self.grpc_port = free_ports(2)
         self.start()
 
@@ -65,8 +69,9 @@ class Backend(TraceServiceServicer):
                 body = self.rfile.read(int(self.headers["content-length"]))
                 if self.headers.get("content-encoding") == "gzip":
                     body = gzip.decompress(body)
-                (backend.traces if self.path == "/v1/traces" else backend.metrics).append(body)
-                self.send_response(200)
+                if backend.http_status == httpx.codes.OK:
+                    (backend.traces if self.path == "/v1/traces" else backend.metrics).append(body)
+                self.send_response(backend.http_status)
                 self.send_header("content-type", "application/x-protobuf")
                 self.send_header("content-length", "0")
                 self.end_headers()
@@ -133,7 +138,8 @@ class Collector:
             self.process = subprocess.Popen(self.command, env=self.environment, stdout=log, stderr=log)
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self._healthy():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log()
+            assert self.process.poll() is None, self.log()
+            assert time.monotonic() < deadline, self.log()
             time.sleep(0.05)
 
     def _healthy(self) -> bool:
@@ -193,6 +199,7 @@ def environment(collector: Collector, folder: Path, backend: Backend) -> dict[st
         "DECISION_WAIT": "2s",
         "DECISION_WAIT_AFTER_ROOT": "1s",
         "K8S_NODE_NAME": "node-1",
+        "PICKER_TOKEN_FILE": "/dev/null",
         "GATEWAY_SERVICE": "gateway.observability",
     }
 
@@ -229,7 +236,7 @@ def collecting(
 def spans_of(
     *spans: Mapping[str, Any], resource: Mapping[str, Any] | None = None, scope: str = "test"
 ) -> ExportTraceServiceRequest:
-    """A request of spans: ``attributes`` plain, ``trace`` and ``span`` (bytes; random ids without), the rest as in OTLP."""
+    """A request of spans: ``attributes`` plain, ``trace`` and ``span`` as bytes (random without), the rest as in OTLP."""
     request = ExportTraceServiceRequest()
     group = request.resource_spans.add()
     group.resource.attributes.extend(key_values({"service.name": "test"} | dict(resource or {})))

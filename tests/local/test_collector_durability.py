@@ -51,10 +51,10 @@ def arrived(store: Backend, load: Load, timeout_s: float = 40) -> int:
     return sum(count > 1 for count in Counter(store.span_ids()).values())
 
 
-@pytest.mark.parametrize("name", ["local", "agent"])
+@pytest.mark.parametrize("name", ["local", "agent", "gateway"])
 @pytest.mark.timeout(int(OUTAGE_S) + 100)
 def test_backend_down_under_load(name: str, tmp_path: Path) -> None:
-    with backend() as store, collecting(name, tmp_path, store) as collector:
+    with backend() as store, collecting(name, tmp_path, store, {"SAMPLED_PERCENT": "100"}) as collector:
         load = Load(collector)
         until(lambda: store.spans(), "the first spans", 20)
         store.stop()
@@ -98,7 +98,9 @@ def test_collector_killed_while_it_sends(name: str, tmp_path: Path) -> None:
             collector.start()
         load.finish()
         twice = arrived(store, load)
-        print(f"{name}: {len(load.acknowledged)} spans acknowledged, {twice} arrived twice, {load.refused} requests refused")
+        print(
+            f"{name}: {len(load.acknowledged)} spans acknowledged, {twice} came twice, {load.refused} requests refused"
+        )
 
 
 @pytest.mark.parametrize("name", ["local", "agent"])
@@ -111,3 +113,14 @@ def test_a_full_queue_refuses_instead_of_losing(name: str, tmp_path: Path) -> No
         store.start()
         load.finish()
         arrived(store, load)
+
+
+@pytest.mark.parametrize("name", ["local", "agent", "gateway"])
+def test_over_the_memory_limit_spans_are_refused(name: str, tmp_path: Path) -> None:
+    """The limit less the spike is below what the Collector needs for itself."""
+    variables = {"MEMORY_LIMIT_MIB": "30", "MEMORY_SPIKE_MIB": "25"}
+    with backend() as store, collecting(name, tmp_path, store, variables) as collector:
+        until(lambda: not collector.send(spans_of({})), "a refusal", 20)
+        before = sample_sum(collector.page(), "otelcol_receiver_refused_spans_total")
+        assert not collector.send(spans_of(*({} for _ in range(SPANS))))
+        assert sample_sum(collector.page(), "otelcol_receiver_refused_spans_total") == before + SPANS

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from collecting import Backend, backend, collecting, spans_of
+from collecting import FOLDER, Backend, Collector, backend, collecting, spans_of
 from loopback import sample_sum, until
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
@@ -98,7 +99,13 @@ def test_time_to_first_token_and_per_output_token(name: str, tmp_path: Path) -> 
     assert sum(point.sum for _, point in tpot) == pytest.approx(5 * 0.2)
     labels = ttft[0][0]
     assert labels.keys() - {"llmtrace.prompt.cached"} == {
-        *("service.instance.id", "llmtrace.role", "gen_ai.request.model", "k8s.namespace.name", "collector.instance.id"),
+        *(
+            "service.instance.id",
+            "llmtrace.role",
+            "gen_ai.request.model",
+            "k8s.namespace.name",
+            "collector.instance.id",
+        ),
     }
     assert all("host.name" not in resource for resource in resources)
 
@@ -107,7 +114,10 @@ def test_calls_and_durations_have_the_agreed_labels(tmp_path: Path) -> None:
     decision = {"llmtrace.pd.decision": "split", "llmtrace.pd.reason": "always", "gen_ai.request.model": "other"}
     spans = [
         {"name": "prepare_disaggregation", "attributes": decision},
-        {"name": "ingress", "attributes": {"llmtrace.scenario.arm": "random", "error.type": "Timeout: asked for Paris"}},
+        {
+            "name": "ingress",
+            "attributes": {"llmtrace.scenario.arm": "random", "error.type": "Timeout: asked for Paris"},
+        },
     ]
     request = spans_of(*spans, resource=SERVER)
     request.resource_spans[0].scope_spans[0].spans[1].status.code = Status.STATUS_CODE_ERROR
@@ -145,5 +155,33 @@ def test_the_collectors_own_metrics_say_what_came_and_went(tmp_path: Path) -> No
         until(lambda: sample_sum(collector.page(), "otelcol_exporter_sent_spans_total") == 2, "sent spans", 10)
         page = collector.page()
     assert sample_sum(page, "otelcol_receiver_accepted_spans_total", receiver="otlp") == 2
-    for name in ("otelcol_exporter_queue_size", "otelcol_exporter_queue_capacity"):
-        assert f"{name}{{" in page
+
+
+def sample_names(collector: Collector) -> set[str]:
+    return {line.partition("{")[0].partition(" ")[0] for line in collector.page().splitlines() if line[:1] != "#"}
+
+
+def test_the_metrics_to_watch_are_there_by_their_documented_names(tmp_path: Path) -> None:
+    """A queue is full, and what is in it is not wanted; a trace is too large for the sampling."""
+    section = (FOLDER.parent / "docs/collector.md").read_text().partition("## Watching it")[2].partition("\n## ")[0]
+    documented = set(re.findall(r"`(otelcol_\w+)`", section))
+    assert len(documented) > 10
+    folders = [tmp_path / name for name in ("local", "gateway")]
+    for folder in folders:
+        folder.mkdir()
+    with backend() as store, collecting("local", folders[0], store, {"QUEUE_BYTES": "6000"}) as collector:
+        store.stop()
+        until(lambda: not collector.send(spans_of(*({} for _ in range(20)))), "a full queue", 20)
+        store.http_status = 400
+        store.start()
+        until(lambda: sample_sum(collector.page(), "otelcol_exporter_send_failed_spans_total") > 0, "a failure", 20)
+        found = sample_names(collector)
+        assert sample_sum(collector.page(), "otelcol_receiver_refused_spans_total") == 20
+        assert sample_sum(collector.page(), "otelcol_exporter_enqueue_failed_spans_total") == 20
+    with backend() as store, collecting("gateway", folders[1], store, {"TRACE_MAX_BYTES": "2000"}) as collector:
+        assert collector.send(spans_of({"name": "ingress"}, {"attributes": {"note": "x" * 3000}}))
+        sampling = "otelcol_processor_tail_sampling"
+        until(lambda: sample_sum(collector.page(), f"{sampling}_traces_dropped_too_large_total") == 1, "a drop", 20)
+        until(lambda: sample_sum(collector.page(), f"{sampling}_global_count_traces_sampled_total") == 1, "one", 20)
+        found |= sample_names(collector)
+    assert documented - found == set()

@@ -13,12 +13,18 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue, KeyValueList
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
+from llmtrace.semconv import attributes as names
 from llmtrace.traces.otlp import key_values
 
 CONTENT = (
     # OpenTelemetry's conventions, now and before.
     *("gen_ai.input.messages", "gen_ai.output.messages", "gen_ai.system_instructions", "gen_ai.tool.definitions"),
-    *("gen_ai.tool.call.arguments", "gen_ai.tool.call.result", "gen_ai.retrieval.query.text", "gen_ai.retrieval.documents"),
+    *(
+        "gen_ai.tool.call.arguments",
+        "gen_ai.tool.call.result",
+        "gen_ai.retrieval.query.text",
+        "gen_ai.retrieval.documents",
+    ),
     *("gen_ai.prompt", "gen_ai.prompt.0.content", "gen_ai.completion", "gen_ai.completion.0.content"),
     *("gen_ai.user.message", "gen_ai.choice", "gen_ai.event.content", "gen_ai.request.stop_sequences"),
     *("gen_ai.evaluation.explanation", "db.query.text", "db.statement", "db.query.parameter.0"),
@@ -33,7 +39,14 @@ CONTENT = (
     *("http.request.body", "http.response.body.content", "request.body", "response_body", "body", "content", "message"),
     *("prompt", "completion", "messages", "input", "output", "text"),
 )
-ERRORS = ("exception.message", "exception.stacktrace", "error.message", "error_message", "grpc.message", "otel.status_description")
+ERRORS = (
+    "exception.message",
+    "exception.stacktrace",
+    "error.message",
+    "error_message",
+    "grpc.message",
+    "otel.status_description",
+)
 HEADERS = (
     *("http.request.header.authorization", "http.request.header.x-user", "http.response.header.set-cookie"),
     *("rpc.grpc.request.metadata.token", "Authorization", "cookie", "x-api-key", "user_agent", "user_agent.original"),
@@ -101,12 +114,20 @@ def poisoned(canary: Canaries) -> ExportTraceServiceRequest:
             canary.nested("request", "content"),
             canary.nested("gen_ai.input.messages.structured", "parts"),
             *key_values({"as_json": f'{{"n": 1, "messages": [{{"role": "user", "content": "{canary()}"}}]}}'}),
-            *key_values({"url.full": f"http://u:{canary()}@h/p?q={canary()}", "http.url": f"http://h/p?q={canary()}#{canary()}"}),
+            *key_values(
+                {
+                    "url.full": f"http://u:{canary().removesuffix('?')}@h:1/p?q={canary()}",
+                    "http.url": f"http://u:{canary()}@h/p?q={canary()}#{canary()}",
+                }
+            ),
             *key_values({"http.target": f"/p?{canary()}", "client.address": canary()}),
+            *key_values({"llmtrace.caller.traceparent": canary(), "downstream_cluster": canary()}),
         ]
     )
     event = span.events.add(name="exception")
-    event.attributes.extend([*canary.attributes(*all_names), *key_values({"exception.type": f"ValueError({canary()!r})"})])
+    event.attributes.extend(
+        [*canary.attributes(*all_names), *key_values({"exception.type": f"ValueError({canary()!r})"})]
+    )
     span.events.add(name="gen_ai.content.prompt").attributes.extend(canary.attributes(*CONTENT))
     link = span.links.add(trace_id=b"\x05" * 16, span_id=b"\x06" * 8, trace_state=f"x={canary()}")
     link.attributes.extend(canary.attributes("note", *all_names))
@@ -165,7 +186,8 @@ def test_no_canary_leaves(name: str, tmp_path: Path) -> None:
     for attribute in key_values(KEPT):
         assert plain[attribute.key] == attribute.value, attribute.key
     assert not {*CONTENT, *ERRORS} & plain.keys()
-    assert plain["url.full"].string_value == "http://h/p"
+    assert plain["url.full"].string_value == "http://h:1/p"
+    assert "http.url" not in plain
     assert received.name == "GET /v1/models"
     assert [event.name for event in received.events] == ["exception", "gen_ai.content.prompt"]
     assert not {*CONTENT, *ERRORS} & {attribute.key for event in received.events for attribute in event.attributes}
@@ -232,25 +254,37 @@ def test_texts_that_are_allowed_pass_without_their_secrets(name: str, tmp_path: 
         assert "Paris" in passed
 
 
-def test_links_and_messages_of_the_kits_own_components_are_kept(tmp_path: Path) -> None:
-    def request(service: str, message: str) -> ExportTraceServiceRequest:
-        made = spans_of({"attributes": {"error.type": "403"}}, resource={"service.name": service})
-        span = made.resource_spans[0].scope_spans[0].spans[0]
-        span.links.add(trace_id=b"\x05" * 16, span_id=b"\x06" * 8)
-        span.status.CopyFrom(Status(code=Status.STATUS_CODE_ERROR, message=message))
-        span.trace_state = "ot=th:c;rv:9b8233f7e3a151"
-        return made
+CALLER = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
+
+def test_links_and_messages_of_the_kits_own_components_are_kept(tmp_path: Path) -> None:
+    message = "the model server answered 503"
+    kits = (
+        names.CLIENT_SERVICE,
+        names.ENVOY_SERVICE,
+        names.PICKER_SERVICE,
+        names.SIDECAR_SERVICE,
+        names.SERVER_SERVICE,
+    )
+    others = ("somebody", "vllm-proxy", "my-envoy")
+    made = ExportTraceServiceRequest()
+    for service in (*kits, *others):
+        one = spans_of(
+            {"name": service, "attributes": {"error.type": "403", "llmtrace.caller.traceparent": CALLER}},
+            {"name": f"{service} with the class", "attributes": {"error.type": "403"}},
+            resource={"service.name": service},
+        )
+        for span, text in zip(one.resource_spans[0].scope_spans[0].spans, (message, "403"), strict=True):
+            span.links.add(trace_id=b"\x05" * 16, span_id=b"\x06" * 8)
+            span.status.CopyFrom(Status(code=Status.STATUS_CODE_ERROR, message=text))
+            span.trace_state = "ot=th:c;rv:9b8233f7e3a151"
+        made.MergeFrom(one)
     with backend() as store, collecting("local", tmp_path, store) as collector:
-        for service, message in (
-            ("llm-d-epp", "the model server answered 503"),
-            ("llmtrace-client", "403"),
-            ("somebody", "the client went away"),
-        ):
-            assert collector.send(request(service, message))
-            count = len(store.spans())
-            until(lambda seen=count: len(store.spans()) > seen, "the span", 20)
-        spans = store.spans()
-    assert [len(span.links) for span in spans] == [1, 1, 0]
-    assert [span.status.message for span in spans] == ["the model server answered 503", "403", "the client went away"]
-    assert {span.trace_state for span in spans} == {"ot=th:c;rv:9b8233f7e3a151"}
+        assert collector.send(made)
+        until(lambda: len(store.spans()) == 2 * len(kits + others), "the spans", 20)
+        spans = {span.name: span for span in store.spans()}
+    assert {name for name in (*kits, *others) if spans[name].links} == {*kits}
+    assert {spans[name].status.message for name in (*kits, *others)} == {message}
+    assert {spans[f"{name} with the class"].status.message for name in (*kits, *others)} == {"403"}
+    assert {span.trace_state for span in spans.values()} == {"ot=th:c;rv:9b8233f7e3a151"}
+    assert key_values({"llmtrace.caller.traceparent": CALLER})[0] in spans[names.ENVOY_SERVICE].attributes

@@ -36,13 +36,19 @@ KEPT: dict[str, list[dict[str, Any]]] = {
     "still running": [{"parent_span_id": PARENT, "name": "run_scheduler_profile"}],
     "a marked split": [
         ROOT,
-        {"name": "prepare_disaggregation", "attributes": {"llmtrace.pd.decision": "split", "llmtrace.sampling.keep": True}},
+        {
+            "name": "prepare_disaggregation",
+            "attributes": {"llmtrace.pd.decision": "split", "llmtrace.sampling.keep": True},
+        },
     ],
     "a scaling decision": [{"name": "llmtrace.autoscale.decision"}],
     "a tenant with a share of its own": [ROOT, {"attributes": {"llmtrace.tenant": "gold"}}],
 }
 DROPPED: dict[str, list[dict[str, Any]]] = {
-    "nothing special": [ROOT | {"attributes": {"http.status_code": "200"}}, {"attributes": {"http.response.status_code": 404}}],
+    "nothing special": [
+        ROOT | {"attributes": {"http.status_code": "200"}},
+        {"attributes": {"http.response.status_code": 404}},
+    ],
     "fast": [ROOT, {"attributes": {"gen_ai.latency.time_to_first_token": 0.4} | request(11, 0.4)}],
     "one token": [ROOT, {"attributes": request(1, 9.0)}],
     "a split that nobody marked": [ROOT, {"attributes": {"llmtrace.pd.decision": "split"}}],
@@ -69,7 +75,9 @@ def test_what_is_kept(tmp_path: Path) -> None:
         # What comes late follows the decision.
         late = b"\xee" * 8
         for name in ("nothing special", "an error"):
-            assert collector.send(spans_of({"trace": ids[name], "span": late, "parent_span_id": PARENT, "status": ERROR}))
+            assert collector.send(
+                spans_of({"trace": ids[name], "span": late, "parent_span_id": PARENT, "status": ERROR})
+            )
         until(lambda: late in store.span_ids(), "the late span", 20)
         assert [names[s.trace_id] for s in store.spans() if s.span_id == late] == ["an error"]
 

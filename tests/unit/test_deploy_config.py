@@ -16,7 +16,6 @@ from deployed import program, refusal, render
 from picking import Handle
 from supervisor.options import ServerOptions
 
-from llmtrace.deploy import playbook
 from llmtrace.picker import config
 
 CHANGED = {"vllm_servers": 2, "vllm_base_port": 18500, "vllm_block_size": 64, "store_port": 18501}

@@ -1,0 +1,98 @@
+"""What the real stack's Collector makes of real requests: metrics with their labels, and no texts, anywhere."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import httpx
+import pytest
+from engine_servers import in_trace, new_trace_id
+from loopback import until
+from stored import trace_of
+
+from llmtrace.semconv import attributes as names
+from llmtrace.stack import Stack
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(180)]
+WAIT_S = 60
+SERVED = (("vllm", names.SERVER_SPAN), ("envoy", "ingress"))
+
+
+@pytest.fixture(scope="module")
+def stack() -> Stack:
+    return Stack.load()
+
+
+def prometheus(stack: Stack, path: str, **parameters: str | list[str]) -> Any:
+    return httpx.get(f"{stack.prometheus}/api/v1/{path}", params=parameters).raise_for_status().json()["data"]
+
+
+def post(stack: Stack, path: str, body: dict[str, Any], headers: dict[str, str]) -> httpx.Response:
+    gateway = next(iter(stack.gateways.values()))
+    return httpx.post(f"{gateway}{path}", json=body, headers=headers, timeout=60)
+
+
+def test_no_text_of_a_request_is_in_spans_metrics_or_logs(stack: Stack) -> None:
+    canary = f"CANARY{time.time_ns()}"
+    headers = {
+        "authorization": f"Bearer {canary}",
+        "cookie": f"session={canary}",
+        "user-agent": canary,
+        "tracestate": f"vendor={canary}",
+        "baggage": f"user={canary}",
+        "x-user": canary,
+        "x-envoy-downstream-service-cluster": canary,
+        "x-forwarded-for": canary,
+    }
+    served, refused, begun = new_trace_id(), new_trace_id(), time.time()
+    chat = {"model": stack.model, "messages": [{"role": "user", "content": canary}], "max_tokens": 4, "user": canary}
+    post(stack, "/v1/chat/completions", chat, headers | in_trace(served)).raise_for_status()
+    wrong = {"model": stack.model, "prompt": canary, "max_tokens": -1, "stop": canary}
+    assert post(stack, "/v1/completions", wrong, headers | in_trace(refused)).is_client_error
+    stored = [trace_of(stack, served, *SERVED), trace_of(stack, refused, SERVED[1])]
+    series = 'llmtrace_span_calls_total{service_name="vllm",span_name="llm_request"}'
+    until(
+        lambda: float(prometheus(stack, "query", query=f"max(timestamp({series}))")["result"][0]["value"][1]) > begun,
+        "metrics of spans",
+        WAIT_S,
+        poll_s=0.5,
+    )
+    found = {
+        "spans": repr(stored),
+        "series": json.dumps(prometheus(stack, "series", **{"match[]": '{__name__=~".+"}'})),
+        **{path.name: path.read_text(errors="replace") for path in stack.log_dir.glob("*.log*")},
+    }
+    assert len(found) > 8
+    assert [place for place, text in found.items() if canary in text] == []
+
+
+def test_time_to_first_token_is_measured_by_cached_share(stack: Stack) -> None:
+    """The same prompt of some blocks twice, by prefix-aware routing: cached the second time."""
+    text = f"{time.time_ns()} " + "The harbour opens at nine and closes at five. " * 40
+    ids = [new_trace_id(), new_trace_id()]
+    cached = []
+    for trace_id in ids:
+        body = {"model": stack.model, "prompt": text, "max_tokens": 4}
+        post(stack, "/v1/completions", body, in_trace(trace_id)).raise_for_status()
+        (span,) = trace_of(stack, trace_id, *SERVED).named(names.SERVER_SPAN)
+        cached.append(span.attributes["gen_ai.usage.cache_read.input_tokens"])
+    assert cached[0] == 0
+    assert cached[1] > 0
+    for metric in ("gen_ai_server_time_to_first_token_seconds", "gen_ai_server_time_per_output_token_seconds"):
+        seen: dict[str, set[str]] = {}
+
+        def exemplars(metric: str = metric, seen: dict[str, set[str]] = seen) -> bool:
+            for group in prometheus(stack, "query_exemplars", query=f"{metric}_bucket"):
+                labels = group["seriesLabels"]
+                assert labels["llmtrace_role"] in {"both", "prefill", "decode"}
+                assert labels["gen_ai_request_model"] == stack.model
+                assert labels["service_instance_id"] in {server.name for server in stack.servers}
+                for exemplar in group["exemplars"]:
+                    seen.setdefault(exemplar["labels"]["trace_id"], set()).add(labels["llmtrace_prompt_cached"])
+            return {*ids} <= seen.keys()
+
+        until(exemplars, f"exemplars of {metric}", WAIT_S, poll_s=1)
+        assert seen[ids[0]] == {"none"}
+        assert seen[ids[1]] == {"most"}
