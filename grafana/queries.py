@@ -59,5 +59,14 @@ def or_zero(expr: str) -> str:
     return f"({expr} or vector(0))"
 
 
+def lost(counter: str, selector: str, by: str) -> str:
+    """Growth within the rate interval of a counter whose series begin with the first loss.
+
+    ``increase`` alone does not see that first value.
+    """
+    series = f"{counter}{{{selector}}}"
+    return f"{_sum(by)} (({series} unless {series} offset {INTERVAL}) or increase({series}[{INTERVAL}]))"
+
+
 def _sum(by: str) -> str:
     return f"sum by ({by})" if by else "sum"

@@ -119,8 +119,8 @@ TRAFFIC = Row(
         ),
         Panel(
             "Spans with an error",
-            "Spans per second that ended with an error, by who sent them and by the class of the error. "
-            "An exemplar leads to the trace.",
+            "Spans per second that ended with an error, by who sent them and by the class of the error. An exemplar "
+            "leads to the trace.",
             "ops",
             (
                 Query(

@@ -43,9 +43,8 @@ DECISION = Row(
         ),
         Panel(
             "Decisions by reason",
-            "Requests per second by the picker's decision and its reason: the prompt, less what the decode server "
-            "has cached, "
-            "is long enough to be split, or why not.",
+            "Requests per second by the picker's decision and its reason: the prompt, less what the decode server has "
+            "cached, is long enough to be split, or why not.",
             "reqps",
             (
                 Query(
@@ -125,9 +124,8 @@ TRANSFER = Row(
         ),
         Panel(
             "Failed transfers",
-            "Transfers per second that failed, at the decode server, and requests whose KV nobody fetched in time, "
-            "at the "
-            "prefill server. Anything above 0 wants an explanation.",
+            "Transfers per second that failed, at the decode server, and requests whose KV nobody fetched in time, at "
+            "the prefill server. Anything above 0 wants an explanation.",
             "ops",
             (
                 Query(rate(FAILED, VLLM, "instance"), "failed {{instance}}"),
@@ -153,8 +151,7 @@ LEGS = Row(
         Panel(
             "Legs at the sidecar",
             "How long the sidecars wait for each leg of a split request: prefill until its answer, decode until its "
-            "last "
-            "token. An exemplar leads to the trace.",
+            "last token. An exemplar leads to the trace.",
             "s",
             tuple(
                 Query(
@@ -170,8 +167,7 @@ LEGS = Row(
         Panel(
             "TTFT in the model servers by role",
             "From the arrival at a prefill server, or at a decode server, to the first token there. A split request "
-            "passes "
-            "both, one after the other.",
+            "passes both, one after the other.",
             "s",
             tuple(
                 Query(quantile(share, TTFT, LATENCY, "llmtrace_role"), f"p{share * 100:g} {{{{llmtrace_role}}}}")
