@@ -10,10 +10,8 @@ INTERVAL = "$__rate_interval"
 
 REQUEST = 'k8s_namespace_name=~"$namespace"'
 """Spans from before an endpoint is chosen."""
-SERVER = f'{REQUEST},llmtrace_role=~"$role",service_instance_id=~"$endpoint"'
-"""Spans of model servers and their sidecars."""
-LATENCY = f'{SERVER},gen_ai_request_model=~"$model"'
-"""The server's latencies, TTFT and TPOT."""
+SERVER = f'{REQUEST},llmtrace_role=~"$role",service_instance_id=~"$endpoint",gen_ai_request_model=~"$model"'
+"""Spans of model servers, and their latencies TTFT and TPOT."""
 VLLM = 'namespace=~"$namespace",role=~"$role",instance=~"$endpoint",model_name=~"$model"'
 """vLLM's own metrics."""
 PICKER = 'namespace=~"$namespace",model_name=~"$model"'

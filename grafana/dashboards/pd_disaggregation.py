@@ -6,7 +6,6 @@ from grafana.board import Board, JaegerTable, Panel, Query, Row, TraceTable, lim
 from grafana.queries import (
     CALLS,
     DURATION,
-    LATENCY,
     REQUEST,
     SERVER,
     TTFT,
@@ -112,7 +111,7 @@ TRANSFER = Row(
                 Query(
                     per(
                         rate(f"{DURATION}_sum", LOAD, "service_instance_id"),
-                        rate(f"{TTFT}_sum", f'llmtrace_role!="prefill",{LATENCY}', "service_instance_id"),
+                        rate(f"{TTFT}_sum", f'llmtrace_role!="prefill",{SERVER}', "service_instance_id"),
                     ),
                     "{{service_instance_id}}",
                 ),
@@ -170,7 +169,7 @@ LEGS = Row(
             "passes both, one after the other.",
             "s",
             tuple(
-                Query(quantile(share, TTFT, LATENCY, "llmtrace_role"), f"p{share * 100:g} {{{{llmtrace_role}}}}")
+                Query(quantile(share, TTFT, SERVER, "llmtrace_role"), f"p{share * 100:g} {{{{llmtrace_role}}}}")
                 for share in (0.5, 0.95)
             ),
             thresholds=limits(1, 2),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from grafana.board import Board, JaegerTable, Panel, Query, Row, TraceTable, limits
-from grafana.queries import INTERVAL, LATENCY, PICKER, TTFT, VLLM, mean, per, quantile, rate
+from grafana.queries import INTERVAL, PICKER, SERVER, TTFT, VLLM, mean, per, quantile, rate
 
 HITS, LOOKUPS = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
 NAMESPACE = 'namespace=~"$namespace"'
 PRECISE = "only pickers with the precise prefix cache count it"
-CACHED = f'llmtrace_prompt_cached=~"none|some|most",{LATENCY}'
+CACHED = f'llmtrace_prompt_cached=~"none|some|most",{SERVER}'
 
 
 def lookup_hits(counter: str) -> str:
