@@ -131,7 +131,7 @@ def chart(panel: Mapping[str, Any], found: Sequence[Point]) -> alt.LayerChart | 
     if single:
         last = found[-1].value
         colour = [colour for limit, colour in steps if last >= limit][-1]
-        return _text(alt.expr(number.replace("datum.value", repr(last))), colour, 30).properties(**box)
+        return _text(alt.ExprRef(number.replace("datum.value", repr(last))), colour, 30).properties(**box)
     drawn = _lines(panel, found, number)
     highest = max(p.value for p in found)
     limits = [{"value": limit, "colour": colour} for limit, colour in steps if 0 <= limit <= highest * 1.2]
@@ -146,10 +146,8 @@ def chart(panel: Mapping[str, Any], found: Sequence[Point]) -> alt.LayerChart | 
     return layers
 
 
-def _text(text: str | alt.Expr, colour: str, size: int) -> alt.Chart:
-    drawn: alt.Chart = alt.Chart(alt.InlineData(values=[{}])).mark_text(
-        text=alt.ExprRef(text) if isinstance(text, alt.Expr) else text, color=colour, fontSize=size
-    )
+def _text(text: str | alt.ExprRef, colour: str, size: int) -> alt.Chart:
+    drawn: alt.Chart = alt.Chart(alt.InlineData(values=[{}])).mark_text(text=text, color=colour, fontSize=size)
     return drawn
 
 
@@ -159,7 +157,7 @@ def _lines(panel: Mapping[str, Any], found: Sequence[Point], number: str) -> alt
     rows = [{"time": p.time * 1000, "series": p.series, "value": p.value} for p in found]
     base = alt.Chart(alt.InlineData(values=rows))
     scale = alt.Scale(domainMin=0, **({"domainMax": field["max"]} if "max" in field else {}))
-    drawn: alt.Chart = (base.mark_area(opacity=0.6) if stacked else base.mark_line(strokeWidth=1.5)).encode(
+    drawn: alt.Chart = (base.mark_area(opacity=0.6, clip=True) if stacked else base.mark_line(strokeWidth=1.5, clip=True)).encode(
         x=alt.X("time:T", axis=alt.Axis(format="%H:%M", tickCount=5)),
         y=alt.Y(
             "value:Q",
