@@ -57,13 +57,13 @@ def or_zero(expr: str) -> str:
     return f"({expr} or vector(0))"
 
 
-def lost(counter: str, selector: str, by: str) -> str:
-    """Growth within the rate interval of a counter whose series begin with the first loss.
+def grown(counter: str, selector: str, by: str, window: str = INTERVAL) -> str:
+    """Growth within the window of a counter whose series begin with what they count.
 
     ``increase`` alone does not see that first value.
     """
     series = f"{counter}{{{selector}}}"
-    return f"{_sum(by)} (({series} unless {series} offset {INTERVAL}) or increase({series}[{INTERVAL}]))"
+    return f"{_sum(by)} (({series} unless {series} offset {window}) or increase({series}[{window}]))"
 
 
 def _sum(by: str) -> str:

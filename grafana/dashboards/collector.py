@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from grafana.board import Board, Note, Panel, Query, Row, limits
-from grafana.queries import CALLS, REQUEST, lost, rate
+from grafana.queries import CALLS, REQUEST, grown, rate
 
 COLLECTOR = 'job=~".*collector.*",namespace=~"$namespace"'
 NEVER_FAILED = "the Collector has this metric once it has happened"
@@ -42,7 +42,7 @@ SPANS = Row(
             "short",
             tuple(
                 Query(
-                    lost(f"otelcol_exporter_{why}_failed_{what}_total", COLLECTOR, "exporter"),
+                    grown(f"otelcol_exporter_{why}_failed_{what}_total", COLLECTOR, "exporter"),
                     f"{said} {{{{exporter}}}}: {what.replace('_', ' ')}",
                     may_be_empty=NEVER_FAILED,
                 )
@@ -156,14 +156,14 @@ SAMPLING = Row(
                     may_be_empty=GATEWAY_ONLY,
                 ),
                 Query(
-                    lost(
+                    grown(
                         "otelcol_processor_tail_sampling_sampling_trace_dropped_too_early_total", COLLECTOR, "instance"
                     ),
                     "dropped by {{instance}} too early",
                     may_be_empty=GATEWAY_ONLY,
                 ),
                 Query(
-                    lost("otelcol_processor_tail_sampling_traces_dropped_too_large_total", COLLECTOR, "instance"),
+                    grown("otelcol_processor_tail_sampling_traces_dropped_too_large_total", COLLECTOR, "instance"),
                     "dropped by {{instance}}, too large",
                     may_be_empty=GATEWAY_ONLY,
                 ),
