@@ -98,7 +98,7 @@ def picture(client: httpx.Client, dashboard: Mapping[str, Any], when: Range) -> 
     titled = ""
     for (row, _), line in groupby(shown, key=lambda found: (found[0], found[1]["gridPos"]["y"])):
         charts = [
-            chart(panel, [p for target in panel["targets"] for p in points(client, target, values, when)])
+            chart(panel, [p for target in panel["targets"] for p in points(client, target, values, when)], when)
             for _, panel in line
         ]
         title = alt.TitleParams(row if row != titled else "", anchor="start", fontSize=15, offset=12)
@@ -115,8 +115,8 @@ def picture(client: httpx.Client, dashboard: Mapping[str, Any], when: Range) -> 
     return whole
 
 
-def chart(panel: Mapping[str, Any], found: Sequence[Point]) -> alt.LayerChart | alt.Chart:
-    """One panel: lines, areas, or the last value."""
+def chart(panel: Mapping[str, Any], found: Sequence[Point], when: Range) -> alt.LayerChart | alt.Chart:
+    """One panel: lines, areas, or the last value. A line goes on over times without a value."""
     field = panel["fieldConfig"]["defaults"]
     single = panel["type"] == "stat"
     box: dict[str, Any] = {
@@ -127,12 +127,12 @@ def chart(panel: Mapping[str, Any], found: Sequence[Point]) -> alt.LayerChart | 
     number = NUMBERS.get(field["unit"], PLAIN_NUMBER).format("datum.value")
     steps = [(s["value"] or float("-inf"), COLOURS[s["color"]]) for s in field["thresholds"]["steps"]]
     if not found:
-        return _text("no data", "#999999", 14).properties(**box)
+        return _text(field.get("noValue", "No data"), "#999999", 12).properties(**box)
     if single:
         last = found[-1].value
         colour = [colour for limit, colour in steps if last >= limit][-1]
         return _text(alt.ExprRef(number.replace("datum.value", repr(last))), colour, 30).properties(**box)
-    drawn = _lines(panel, found, number)
+    drawn = _lines(panel, found, when, number)
     highest = max(p.value for p in found)
     limits = [{"value": limit, "colour": colour} for limit, colour in steps if 0 <= limit <= highest * 1.2]
     if not limits:
@@ -151,18 +151,23 @@ def _text(text: str | alt.ExprRef, colour: str, size: int) -> alt.Chart:
     return drawn
 
 
-def _lines(panel: Mapping[str, Any], found: Sequence[Point], number: str) -> alt.Chart:
+def _lines(panel: Mapping[str, Any], found: Sequence[Point], when: Range, number: str) -> alt.Chart:
     field = panel["fieldConfig"]["defaults"]
     stacked = field.get("custom", {}).get("stacking", {}).get("mode") == "normal"
     rows = [{"time": p.time * 1000, "series": p.series, "value": p.value} for p in found]
     base = alt.Chart(alt.InlineData(values=rows))
-    scale = alt.Scale(domainMin=0, **({"domainMax": field["max"]} if "max" in field else {}))
-    drawn: alt.Chart = (base.mark_area(opacity=0.6, clip=True) if stacked else base.mark_line(strokeWidth=1.5, clip=True)).encode(
-        x=alt.X("time:T", axis=alt.Axis(format="%H:%M", tickCount=5)),
+    top = {"domainMax": field["max"]} if "max" in field else {}
+    if not any(p.value for p in found):
+        top.setdefault("domainMax", 1)
+    times = alt.Scale(domain=[when.start * 1000, when.end * 1000])
+    drawn: alt.Chart = (
+        base.mark_area(opacity=0.6, clip=True) if stacked else base.mark_line(strokeWidth=1.5, clip=True)
+    ).encode(
+        x=alt.X("time:T", axis=alt.Axis(format="%H:%M", tickCount=5), scale=times),
         y=alt.Y(
             "value:Q",
             axis=alt.Axis(labelExpr=number, tickCount=4, minExtent=AXIS_PX - 12, maxExtent=AXIS_PX - 12),
-            scale=scale,
+            scale=alt.Scale(domainMin=0, **top),
             stack="zero" if stacked else None,
         ),
         color=alt.Color("series:N"),

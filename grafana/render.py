@@ -182,6 +182,8 @@ def _metrics(item: Panel) -> PanelBuilder:
     made.span(item.width).height(item.height).min(0).thresholds(_thresholds(item.thresholds))
     if item.maximum is not None:
         made.max(item.maximum)
+    if all(query.may_be_empty for query in item.queries):
+        made.no_value(f"Nothing: {item.queries[0].may_be_empty}")
     if item.endpoint_label:
         made.data_links([_engine_link(item.endpoint_label)])
     for place, query in enumerate(item.queries):

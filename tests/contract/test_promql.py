@@ -187,7 +187,7 @@ def test_pushed_series_come_back_by_the_dashboards_queries_and_are_drawn(
     drawn = (tmp_path / "dashboard-prefix-cache.svg").read_text()
     assert "TTFT, cached against uncached" in drawn
     assert "vllm-1 none" in drawn
-    assert "no data" in drawn
+    assert "No data" in drawn
     assert (tmp_path / "dashboard-overview.svg").is_file()
     assert pictures.main([*told[:-2], "nothing"]) == 2
     assert "no dashboard nothing" in capsys.readouterr().err
