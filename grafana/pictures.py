@@ -27,10 +27,10 @@ from grafana.substitute import built_in, defaults, substitute
 STEP_S, SCRAPE_S = 15, 5
 COLUMN_PX, HEIGHT_PX, GAP_PX, AXIS_PX = 50, 130, 20, 50
 NUMBERS = {
-    "percentunit": "format({}, '.2~%')",
-    "s": "format({}, '.3~s') + 's'",
-    "bytes": "format({}, '.3~s') + 'B'",
-    "binBps": "format({}, '.3~s') + 'B/s'",
+    "percentunit": "format({0}, '.2~%')",
+    "s": "{0} < 300 ? format({0}, '.3~s') + 's' : format({0} / 60, '.3~r') + ' min'",
+    "bytes": "format({0}, '.3~s') + 'B'",
+    "binBps": "format({0}, '.3~s') + 'B/s'",
 }
 PLAIN_NUMBER = "format({0}, abs({0}) < 1000 ? '.3~r' : '.3~s')"
 """Vega's expressions for a number in Grafana's units; any other unit is a plain number."""

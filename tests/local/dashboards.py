@@ -126,6 +126,12 @@ def rules_without_data(stack: Stack) -> list[str]:
     return empty
 
 
+def alerts() -> set[str]:
+    """The names of the kit's alerts."""
+    groups = yaml.safe_load(ALERTS.read_text())["groups"]
+    return {rule["alert"] for group in groups for rule in group["rules"] if "alert" in rule}
+
+
 def rules(stack: Stack) -> list[dict[str, Any]]:
     with prometheus(stack) as client:
         groups = client.get("/api/v1/rules").json()["data"]["groups"]
