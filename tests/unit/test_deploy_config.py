@@ -16,6 +16,7 @@ from deployed import program, refusal, render
 from picking import Handle
 from supervisor.options import ServerOptions
 
+from llmtrace.autoscale.__main__ import options
 from llmtrace.picker import config
 
 CHANGED = {"vllm_servers": 2, "vllm_base_port": 18500, "vllm_block_size": 64, "store_port": 18501}
@@ -144,6 +145,52 @@ def test_the_arms_differ_only_in_who_decides(disaggregated: Path, arm: str, deci
     other = read(disaggregated / "picker-never-split.yaml")
     assert [p["type"] for p in other["plugins"] if "decider" not in p["type"]] == [p["type"] for p in config["plugins"]]
     assert config["schedulingProfiles"] == other["schedulingProfiles"]
+
+
+@pytest.fixture(scope="module")
+def autoscaled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return render(tmp_path_factory.mktemp("state"), {"scenario": "autoscaling", "autoscaling_price_per_hour": 2.5})
+
+
+def test_the_scaler_reads_what_is_rendered_for_it(autoscaled: Path) -> None:
+    command = shlex.split(program_section(autoscaled, "autoscale")["command"])
+    assert command[1:3] == ["-m", "llmtrace.autoscale"]
+    found, socket = options(command[3:])
+    assert socket.name == "supervisor.sock"
+    assert [entry.name for entry in found.replicas] == ["vllm-0", "vllm-1", "vllm-2"]
+    spec = found.scaled_object.hpa()
+    assert (spec.minimum, spec.maximum, spec.down.window_s) == (1, 3, 30)
+    assert [(target.name, target.value) for target in spec.targets] == [
+        ("epp-queue-size", 1.0),
+        ("epp-running-requests", 6.0),
+    ]
+    queries = [trigger.metadata.query for trigger in found.scaled_object.spec.triggers]
+    assert all('model_name="smollm2-135m-reports"' in query for query in queries)
+    assert found.price == 2.5
+    assert environment_of(autoscaled, "autoscale")["OTEL_TRACES_EXPORTER"] == "otlp"
+
+
+def test_servers_beyond_the_fewest_are_described_and_not_started(autoscaled: Path) -> None:
+    starts = {name: program_section(autoscaled, name)["autostart"] for name in ("vllm-0", "vllm-1", "vllm-2", "envoy")}
+    assert starts == {"vllm-0": "true", "vllm-1": "false", "vllm-2": "false", "envoy": "true"}
+    assert [entry["name"] for entry in read(autoscaled / "endpoints.yaml")["endpoints"]] == ["vllm-0"]
+    command = shlex.split(program_section(autoscaled, "vllm-1")["command"])
+    assert command[command.index("--served-model-name") + 1 :][:2] == ["smollm2-135m", "smollm2-135m-reports"]
+    assert command[command.index("--max-num-seqs") + 1] == "4"
+
+
+def test_the_picker_of_the_autoscaled_arm_has_flow_control(autoscaled: Path) -> None:
+    found = config.load(autoscaled / "picker-autoscaled.yaml", Handle())
+    assert found.flow_control is not None
+    assert found.flow_control.ttl_s == 120.0
+    assert "--refresh-metrics-interval" in program_section(autoscaled, "picker-autoscaled")["command"]
+
+
+def test_promtool_accepts_the_configuration_with_the_scaler(autoscaled: Path) -> None:
+    run(program("prometheus/*/promtool"), "check", "config", autoscaled / "prometheus.yaml")
+    jobs = {job["job_name"]: job for job in read(autoscaled / "prometheus.yaml")["scrape_configs"]}
+    assert jobs["picker"]["scrape_interval"] == "1s"
+    assert "autoscale" in jobs
 
 
 def test_pickers_can_follow_the_servers_kv_caches(tmp_path: Path) -> None:

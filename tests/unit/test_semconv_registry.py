@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from picking import Picker
+from picking import FLOW_CONTROLLED, Picker, chat, request_body, request_headers
 from prometheus_client import Metric
 
 from grafana.series import series
@@ -106,7 +106,7 @@ def test_the_required_edges_of_the_prefix_cache_scenario() -> None:
     }
     (scorer,) = (span for span in EXPECTATION.spans if span.key == "scorer")
     assert scorer.count_from == ("scoring", a.SCORER_COUNT)
-    assert set(EXPECTATION.hints) == {"client", "collector", "engine", "envoy", "picker", "sidecar", "vllm"}
+    assert set(EXPECTATION.hints) == {"client", "collector", "engine", "envoy", "picker", "scaler", "sidecar", "vllm"}
 
 
 def test_the_required_edges_of_the_pd_scenario_below_the_gateway() -> None:
@@ -230,8 +230,12 @@ def exported(metric: Metric) -> str:
 
 
 def test_the_pickers_metrics_are_declared_with_their_labels(tmp_path: Path) -> None:
-    picker = Picker(tmp_path)
+    picker = Picker(tmp_path, FLOW_CONTROLLED)
     metrics = picker.handle.metrics
+    exchange = picker.exchange()
+    exchange.handle(request_headers())
+    exchange.handle(request_body(chat()))
+    exchange.close()
     metrics.series("smol", "tenant").error("ServiceUnavailable")
     metrics.attempt(True, "smol", "vllm-0", "default", "8000")
     metrics.disaggregated("disagg", "disagg-profile-handler", "smol", "decode-only")
