@@ -28,6 +28,7 @@ from llmtrace.scenarios.autoscaling import SCENARIO
 from llmtrace.scenarios.autoscaling.answer import AutoscalingAnswer, answer
 from llmtrace.scenarios.autoscaling.expected import expected
 from llmtrace.scenarios.autoscaling.requests import Overlaps
+from llmtrace.scenarios.autoscaling.text import verdict_text
 from llmtrace.scenarios.expectation import verify_trace
 from llmtrace.semconv import attributes as a
 from llmtrace.semconv.conformance import check
@@ -152,6 +153,27 @@ def test_a_scaler_that_is_held_at_the_maximum() -> None:
     assert first.drivers == 7
     assert second.verdict == "held"
     assert "1 held at the maximum" in found.verdict
+
+
+def test_what_held_the_number_is_said() -> None:
+    held = [
+        record(30, 3, 3, 1.0, limit=a.NOT_LIMITED, stabilization=a.DOWN_STABILIZED),
+        record(40, 3, 3, 1.0, limit=a.LIMITED_DOWN, stabilization=a.DOWN_STABILIZED),
+        record(50, 3, 3, 3.0, limit=a.NOT_LIMITED),
+        record(60, 3, 3, None, limit=a.NOT_LIMITED),
+        record(70, 3, 3, 7.0),
+        record(90, 3, 3, 1.0, limit=a.NOT_LIMITED, replicas=[starts("vllm-2", 90)]),
+    ]
+    found = answer("run-1", [request(1, 20), *map(decision_trace, held)])
+    assert [verdict_text(d) for d in found.decisions] == [
+        "held: scale-down window",
+        "held: scale-down policy",
+        "no longer held",
+        "held: no metric",
+        "limited to 3 for 20 s",
+        "restored",
+    ]
+    assert [d.driven for d in found.decisions] == [False, False, False, False, True, False]
 
 
 def test_a_replica_that_never_became_ready() -> None:
