@@ -1,7 +1,7 @@
 """Lay the ConfigMap's files out as the installed package ``llmtrace``: ``install.py SOURCE TARGET``.
 
-A key ``llmtrace.engine.plugin.py`` becomes ``TARGET/llmtrace/engine/plugin.py``; ``entry_points.txt`` is where Python looks for the
-entry points of a distribution, of which vLLM loads those of the group ``vllm.general_plugins``.
+A key ``llmtrace.engine.plugin.py`` becomes ``TARGET/llmtrace/engine/plugin.py``; ``entry_points.txt`` is where Python
+looks for the entry points of a distribution, of which vLLM loads those of the group ``vllm.general_plugins``.
 """
 
 import shutil
