@@ -41,7 +41,7 @@ def pods(items: Sequence[Object]) -> list[Pod]:
     spaces = {item["metadata"]["name"]: item["metadata"]["labels"] for item in items if item["kind"] == "Namespace"}
 
     def pod(name: str, namespace: str, labels: dict[str, str]) -> Pod:
-        own = spaces[namespace] | {"kubernetes.io/metadata.name": namespace}
+        own = spaces.get(namespace, {}) | {"kubernetes.io/metadata.name": namespace}
         return Pod(name, namespace, tuple(sorted(labels.items())), tuple(sorted(own.items())))
 
     found = [

@@ -7,7 +7,6 @@ are not evaluated.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,20 +21,26 @@ FOLDER = Path(__file__).with_name("crds")
 """Schemas of custom resources, made by manifests.checks.vendor."""
 
 
-def violations(item: Object) -> Iterator[str]:
+def violations(item: Object) -> tuple[str, ...]:
     """One sentence for each thing in which ``item`` does not fit its schema."""
+    # Overlays have most of their objects in common.
+    return _violations(json.dumps(item, sort_keys=True))
+
+
+@cache
+def _violations(text: str) -> tuple[str, ...]:
+    item = json.loads(text)
     group, _, version = item["apiVersion"].rpartition("/")
     path = FOLDER / f"{group}_{version}_{item['kind']}.json"
     if path.is_file():
-        for error in _validator(path).iter_errors(item):
-            yield f"{_place(error)}: {error.message[:300]}"
-        return
+        return tuple(f"{_place(error)}: {error.message[:300]}" for error in _validator(path).iter_errors(item))
     try:
         kubernetes_validate.validate(item, KUBERNETES, strict=True)
     except kubernetes_validate.ValidationError as error:
-        yield f"{'.'.join(str(part) for part in error.path)}: {error.message[:300]}"
+        return (f"{'.'.join(str(part) for part in error.path)}: {error.message[:300]}",)
     except kubernetes_validate.SchemaNotFoundError:
-        yield f"there is no schema of {item['apiVersion']} {item['kind']}; add it in manifests/checks/vendor.py"
+        return (f"there is no schema of {item['apiVersion']} {item['kind']}; add it in manifests/checks/vendor.py",)
+    return ()
 
 
 def _place(error: jsonschema.ValidationError) -> str:

@@ -70,8 +70,9 @@ def violations(items: Sequence[Object]) -> Iterator[str]:
         name = name_of(item)
         namespace = item["metadata"]["namespace"]
         needed = level(template)
-        if LEVELS.index(needed) > LEVELS.index(enforced[namespace]):
-            yield f"{name} needs Pod Security {needed}, and its namespace enforces {enforced[namespace]}"
+        admitted = enforced.get(namespace, "restricted")
+        if LEVELS.index(needed) > LEVELS.index(admitted):
+            yield f"{name} needs Pod Security {needed}, and its namespace enforces {admitted}"
         yield from (f"{name}: {sentence}" for sentence in _pod(template))
         for container, stays in containers(template):
             yield from (
