@@ -47,7 +47,7 @@ class Panel:
     description: str
     unit: str
     queries: tuple[Query, ...]
-    kind: Literal["timeseries", "stat", "bargauge"] = "timeseries"
+    kind: Literal["timeseries", "stat"] = "timeseries"
     thresholds: Thresholds = NO_LIMIT
     width: int = 12
     height: int = 8

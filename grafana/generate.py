@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if check:
             print(f"{name} does not follow from grafana/dashboards; run `make generate`", file=sys.stderr)
         elif path in wanted:
-            FOLDER.mkdir(exist_ok=True)
+            FOLDER.mkdir(parents=True, exist_ok=True)
             path.write_text(wanted[path], encoding="utf-8")
             print(f"wrote {name}")
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,9 +25,15 @@ from grafana.generate import FOLDER
 from grafana.substitute import built_in, defaults, substitute
 
 STEP_S, SCRAPE_S = 15, 5
-COLUMN_PX, HEIGHT_PX = 40, 130
-FORMATS = {"percentunit": ("%", ""), "s": ("~s", "s"), "bytes": ("~s", "B"), "binBps": ("~s", "B/s")}
-"""Of Grafana's units, the number format and what follows it; any other unit is a plain number."""
+COLUMN_PX, HEIGHT_PX, GAP_PX, AXIS_PX = 50, 130, 20, 50
+NUMBERS = {
+    "percentunit": "format({0}, '.2~%')",
+    "s": "{0} < 300 ? format({0}, '.3~s') + 's' : format({0} / 60, '.3~r') + ' min'",
+    "bytes": "format({0}, '.3~s') + 'B'",
+    "binBps": "format({0}, '.3~s') + 'B/s'",
+}
+PLAIN_NUMBER = "format({0}, abs({0}) < 1000 ? '.3~r' : '.3~s')"
+"""Vega's expressions for a number in Grafana's units; any other unit is a plain number."""
 COLOURS = {"green": "#2e7d32", "yellow": "#f9a825", "red": "#c62828"}
 
 
@@ -52,18 +59,20 @@ class Range:
         return round(self.end - self.start)
 
 
-def panels(dashboard: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The panels of a dashboard's JSON that ask Prometheus, those in collapsed rows included."""
+def panels(dashboard: Mapping[str, Any], *, collapsed: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The panels of a dashboard's JSON that ask Prometheus, each with its row's title, in collapsed rows or not."""
+    row = ""
     for panel in dashboard["panels"]:
-        inner = panel.get("panels") or [panel]
-        yield from (p for p in inner if (p.get("datasource") or {}).get("type") == "prometheus")
+        row = panel["title"] if panel["type"] == "row" else row
+        for inner in panel.get("panels") or [panel]:
+            if (inner.get("datasource") or {}).get("type") == "prometheus" and (collapsed or inner is panel):
+                yield row, inner
 
 
 def legend(template: str, labels: Mapping[str, str]) -> str:
     """The text of a series, as Grafana makes it of ``{{label}}``."""
-    for name in {part.split("}}")[0].strip() for part in template.split("{{")[1:]}:
-        template = template.replace("{{" + name + "}}", labels.get(name, ""))
-    return " ".join(template.split())
+    text = re.sub(r"\{\{\s*(\w+)\s*\}\}", lambda match: labels.get(match[1], ""), template)
+    return " ".join(text.split())
 
 
 def points(client: httpx.Client, target: Mapping[str, Any], values: Mapping[str, str], when: Range) -> list[Point]:
@@ -82,64 +91,88 @@ def points(client: httpx.Client, target: Mapping[str, Any], values: Mapping[str,
 
 
 def picture(client: httpx.Client, dashboard: Mapping[str, Any], when: Range) -> alt.VConcatChart:
-    """A dashboard's panels in its own rows and widths."""
+    """What one sees of a dashboard when it is opened: its panels in its own rows and widths."""
     values = defaults(dashboard) | built_in(STEP_S, SCRAPE_S, when.seconds)
-    drawn: list[alt.HConcatChart] = []
-    for _, line in groupby(panels(dashboard), key=lambda panel: panel["gridPos"]["y"]):
+    lines: list[alt.HConcatChart] = []
+    shown = panels(dashboard, collapsed=False)
+    titled = ""
+    for (row, _), line in groupby(shown, key=lambda found: (found[0], found[1]["gridPos"]["y"])):
         charts = [
-            chart(panel, [p for target in panel["targets"] for p in points(client, target, values, when)])
-            for panel in line
+            chart(panel, [p for target in panel["targets"] for p in points(client, target, values, when)], when)
+            for _, panel in line
         ]
-        drawn.append(alt.hconcat(*charts, spacing=24).resolve_scale(color="independent"))
-    return (
-        alt.vconcat(*drawn, title=alt.TitleParams(dashboard["title"], fontSize=16, anchor="start"))
+        title = alt.TitleParams(row if row != titled else "", anchor="start", fontSize=15, offset=12)
+        titled = row
+        lines.append(alt.hconcat(*charts, spacing=GAP_PX, title=title).resolve_scale(color="independent"))
+    whole: alt.VConcatChart = (
+        alt.vconcat(*lines, title=alt.TitleParams(dashboard["title"], fontSize=20, anchor="start", offset=16))
         .resolve_scale(color="independent")
+        .properties(background="white", padding=16)
         .configure_view(stroke="#dddddd")
-        .configure_legend(orient="bottom", columns=2, labelLimit=260, title=None, symbolStrokeWidth=2)
+        .configure_legend(orient="bottom", direction="vertical", labelLimit=420, title=None, symbolStrokeWidth=2)
         .configure_axis(grid=True, gridColor="#eeeeee", title=None)
     )
+    return whole
 
 
-def chart(panel: Mapping[str, Any], found: Sequence[Point]) -> alt.LayerChart | alt.Chart:
-    """One panel: lines, areas, or the last value."""
+def chart(panel: Mapping[str, Any], found: Sequence[Point], when: Range) -> alt.LayerChart | alt.Chart:
+    """One panel: lines, areas, or the last value. A line goes on over times without a value."""
     field = panel["fieldConfig"]["defaults"]
-    width = max(150, panel["gridPos"]["w"] * COLUMN_PX - 90)
-    number, unit = FORMATS.get(field["unit"], ("~s", ""))
+    single = panel["type"] == "stat"
     box: dict[str, Any] = {
-        "width": width,
-        "height": HEIGHT_PX,
+        "width": panel["gridPos"]["w"] * COLUMN_PX - GAP_PX - (0 if single else AXIS_PX),
+        "height": HEIGHT_PX / 2 if single else HEIGHT_PX,
         "title": alt.TitleParams(panel["title"], anchor="start", fontSize=12),
     }
+    number = NUMBERS.get(field["unit"], PLAIN_NUMBER).format("datum.value")
+    steps = [(s["value"] or float("-inf"), COLOURS[s["color"]]) for s in field["thresholds"]["steps"]]
     if not found:
-        return (
-            alt.Chart(alt.Data(values=[{"text": "no data"}]))
-            .mark_text(color="#999999")
-            .encode(text="text:N")
-            .properties(**box)
-        )
-    rows = [{"time": p.time * 1000, "series": p.series, "value": p.value} for p in found]
-    text = f"format(datum.value, '{number}') + '{unit}'"
-    if panel["type"] == "stat":
-        last = alt.Chart(alt.Data(values=[rows[-1]])).transform_calculate(shown=text.replace("~s", ".3~s"))
-        return last.mark_text(fontSize=34).encode(text="shown:N").properties(**box)
-    stacked = field.get("custom", {}).get("stacking", {}).get("mode") == "normal"
-    base = alt.Chart(alt.Data(values=rows))
-    axis = alt.Axis(labelExpr=text, tickCount=4)
-    domain = alt.Scale(domainMin=0, **({"domainMax": field["max"]} if "max" in field else {}))
-    lines = (base.mark_area(opacity=0.6) if stacked else base.mark_line(strokeWidth=1.5)).encode(
-        x=alt.X("time:T", axis=alt.Axis(format="%H:%M", tickCount=5)),
-        y=alt.Y("value:Q", axis=axis, scale=domain, stack="zero" if stacked else None),
-        color=alt.Color("series:N"),
-    )
-    top = max(p.value for p in found)
-    steps = [s for s in field["thresholds"]["steps"] if s.get("value") is not None and s["value"] <= top * 1.2]
-    limits = [{"value": s["value"], "colour": COLOURS[s["color"]]} for s in steps]
+        return _text(field.get("noValue", "No data"), "#999999", 12).properties(**box)
+    if single:
+        last = found[-1].value
+        colour = [colour for limit, colour in steps if last >= limit][-1]
+        return _text(alt.ExprRef(number.replace("datum.value", repr(last))), colour, 30).properties(**box)
+    drawn = _lines(panel, found, when, number)
+    highest = max(p.value for p in found)
+    limits = [{"value": limit, "colour": colour} for limit, colour in steps if 0 <= limit <= highest * 1.2]
+    if not limits:
+        return drawn.properties(**box)
     rules = (
-        alt.Chart(alt.Data(values=limits))
+        alt.Chart(alt.InlineData(values=limits))
         .mark_rule(strokeDash=[4, 4])
         .encode(y="value:Q", color=alt.Color("colour:N", scale=None))
     )
-    return (alt.layer(lines, rules).resolve_scale(color="independent") if limits else lines).properties(**box)
+    layers: alt.LayerChart = alt.layer(drawn, rules).resolve_scale(color="independent").properties(**box)
+    return layers
+
+
+def _text(text: str | alt.ExprRef, colour: str, size: int) -> alt.Chart:
+    drawn: alt.Chart = alt.Chart(alt.InlineData(values=[{}])).mark_text(text=text, color=colour, fontSize=size)
+    return drawn
+
+
+def _lines(panel: Mapping[str, Any], found: Sequence[Point], when: Range, number: str) -> alt.Chart:
+    field = panel["fieldConfig"]["defaults"]
+    stacked = field.get("custom", {}).get("stacking", {}).get("mode") == "normal"
+    rows = [{"time": p.time * 1000, "series": p.series, "value": p.value} for p in found]
+    base = alt.Chart(alt.InlineData(values=rows))
+    top = {"domainMax": field["max"]} if "max" in field else {}
+    if not any(p.value for p in found):
+        top.setdefault("domainMax", 1)
+    times = alt.Scale(domain=[when.start * 1000, when.end * 1000])
+    drawn: alt.Chart = (
+        base.mark_area(opacity=0.6, clip=True) if stacked else base.mark_line(strokeWidth=1.5, clip=True)
+    ).encode(
+        x=alt.X("time:T", axis=alt.Axis(format="%H:%M", tickCount=5), scale=times),
+        y=alt.Y(
+            "value:Q",
+            axis=alt.Axis(labelExpr=number, tickCount=4, minExtent=AXIS_PX - 12, maxExtent=AXIS_PX - 12),
+            scale=alt.Scale(domainMin=0, **top),
+            stack="zero" if stacked else None,
+        ),
+        color=alt.Color("series:N"),
+    )
+    return drawn
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,10 +10,8 @@ INTERVAL = "$__rate_interval"
 
 REQUEST = 'k8s_namespace_name=~"$namespace"'
 """Spans from before an endpoint is chosen."""
-SERVER = f'{REQUEST},llmtrace_role=~"$role",service_instance_id=~"$endpoint"'
-"""Spans of model servers and their sidecars."""
-LATENCY = f'{SERVER},gen_ai_request_model=~"$model"'
-"""The server's latencies, TTFT and TPOT."""
+SERVER = f'{REQUEST},llmtrace_role=~"$role",service_instance_id=~"$endpoint",gen_ai_request_model=~"$model"'
+"""Spans of model servers, and their latencies TTFT and TPOT."""
 VLLM = 'namespace=~"$namespace",role=~"$role",instance=~"$endpoint",model_name=~"$model"'
 """vLLM's own metrics."""
 PICKER = 'namespace=~"$namespace",model_name=~"$model"'
@@ -57,6 +55,15 @@ def per(part: str, whole: str) -> str:
 def or_zero(expr: str) -> str:
     """The expression without labels, or 0 where it gives nothing."""
     return f"({expr} or vector(0))"
+
+
+def grown(counter: str, selector: str, by: str, window: str = INTERVAL) -> str:
+    """Growth within the window of a counter whose series begin with what they count.
+
+    ``increase`` alone does not see that first value.
+    """
+    series = f"{counter}{{{selector}}}"
+    return f"{_sum(by)} (({series} unless {series} offset {window}) or increase({series}[{window}]))"
 
 
 def _sum(by: str) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 
-from grafana_foundation_sdk.builders import bargauge, common, prometheus, stat, table, tempo, text, timeseries
+from grafana_foundation_sdk.builders import common, prometheus, stat, table, tempo, text, timeseries
 from grafana_foundation_sdk.builders import dashboard as builders
 from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
@@ -39,7 +38,7 @@ VARIABLES = (
     ),
 )
 """Name, label, query and description of the variables that every dashboard has, each dependent on those before it."""
-PanelBuilder = timeseries.Panel | stat.Panel | bargauge.Panel
+PanelBuilder = timeseries.Panel | stat.Panel
 
 
 def to_json(board: Board) -> str:
@@ -125,7 +124,7 @@ def _text_variable(variable: TextVariable) -> Builder[models.VariableModel]:
     )
 
 
-def _panel(item: Item) -> timeseries.Panel | stat.Panel | bargauge.Panel | table.Panel | text.Panel:
+def _panel(item: Item) -> PanelBuilder | table.Panel | text.Panel:
     match item:
         case Panel():
             return _metrics(item)
@@ -178,15 +177,17 @@ def _table(item: TraceTable | JaegerTable, datasource: models.DataSourceRef) -> 
 
 
 def _metrics(item: Panel) -> PanelBuilder:
-    made = {"timeseries": _timeseries, "stat": _stat, "bargauge": _bargauge}[item.kind](item)
+    made = _stat() if item.kind == "stat" else _timeseries(item)
     made.title(item.title).description(item.description).unit(item.unit).datasource(PROMETHEUS)
     made.span(item.width).height(item.height).min(0).thresholds(_thresholds(item.thresholds))
     if item.maximum is not None:
         made.max(item.maximum)
+    if all(query.may_be_empty for query in item.queries):
+        made.no_value(f"Nothing: {item.queries[0].may_be_empty}")
     if item.endpoint_label:
         made.data_links([_engine_link(item.endpoint_label)])
     for place, query in enumerate(item.queries):
-        made.with_target(_query(query, chr(ord("A") + place), last_value=item.kind != "timeseries"))
+        made.with_target(_query(query, chr(ord("A") + place), last_value=item.kind == "stat"))
     return made
 
 
@@ -207,21 +208,12 @@ def _timeseries(item: Panel) -> timeseries.Panel:
     return made
 
 
-def _stat(_: Panel) -> stat.Panel:
+def _stat() -> stat.Panel:
     return (
         stat.Panel()
         .reduce_options(_last())
         .color_mode(kinds.BigValueColorMode.VALUE)
         .graph_mode(kinds.BigValueGraphMode.AREA)
-    )
-
-
-def _bargauge(_: Panel) -> bargauge.Panel:
-    return (
-        bargauge.Panel()
-        .reduce_options(_last())
-        .orientation(kinds.VizOrientation.HORIZONTAL)
-        .display_mode(kinds.BarGaugeDisplayMode.BASIC)
     )
 
 
@@ -249,14 +241,3 @@ def _query(query: Query, ref_id: str, *, last_value: bool) -> prometheus.Dataque
 def _engine_link(label: str) -> builders.DashboardLink:
     url = f"/d/{ENGINE}?${{__url_time_range}}&var-endpoint=${{__field.labels.{label}}}&${{prometheus:queryparam}}"
     return builders.DashboardLink("Engine of ${__field.labels." + label + "}").url(url)
-
-
-def panels(dashboard: models.Dashboard) -> Sequence[models.Panel]:
-    """Every panel of a dashboard, those in collapsed rows included."""
-    found: list[models.Panel] = []
-    for panel in dashboard.panels or []:
-        if isinstance(panel, models.RowPanel):
-            found += panel.panels
-        else:
-            found.append(panel)
-    return found

@@ -16,6 +16,7 @@ from typing import Any
 
 import grpc
 import httpx
+import yaml
 from deployed import program
 from loopback import free_ports, until
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
@@ -42,6 +43,11 @@ RENDERINGS = {
 FLAGS = ("--feature-gates=ottl.set.allowNil",)
 START_TIMEOUT_S = 30
 STOP_TIMEOUT_S = 20
+
+
+def read(name: str) -> Any:
+    """A fragment, as YAML has it."""
+    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
 
 
 class Backend(TraceServiceServicer):
@@ -236,7 +242,7 @@ def collecting(
 def spans_of(
     *spans: Mapping[str, Any], resource: Mapping[str, Any] | None = None, scope: str = "test"
 ) -> ExportTraceServiceRequest:
-    """A request of spans: ``attributes`` plain, ``trace`` and ``span`` as bytes (random without), the rest as in OTLP."""
+    """A request of spans: ``attributes`` plain, ``trace`` and ``span`` bytes (random without), the rest as in OTLP."""
     request = ExportTraceServiceRequest()
     group = request.resource_spans.add()
     group.resource.attributes.extend(key_values({"service.name": "test"} | dict(resource or {})))

@@ -41,7 +41,7 @@ def prometheus(folder: Path) -> Iterator[httpx.Client]:
             f"--storage.tsdb.path={folder / 'data'}",
             f"--web.listen-address=127.0.0.1:{port}",
             "--web.enable-otlp-receiver",
-            "--enable-feature=exemplar-storage",
+            "--enable-feature=exemplar-storage,created-timestamp-zero-ingestion",
             "--log.level=error",
         ]
     )

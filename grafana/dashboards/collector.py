@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from grafana.board import Board, Note, Panel, Query, Row, limits
-from grafana.queries import CALLS, INTERVAL, REQUEST, rate
+from grafana.queries import CALLS, REQUEST, grown, rate
 
 COLLECTOR = 'job=~".*collector.*",namespace=~"$namespace"'
 NEVER_FAILED = "the Collector has this metric once it has happened"
@@ -16,8 +16,7 @@ SPANS = Row(
         Panel(
             "Taken and sent",
             "Spans per second that came in, and that each exporter's backend took. With tail sampling fewer go out "
-            "than "
-            "come in.",
+            "than come in.",
             "ops",
             (
                 Query(rate("otelcol_receiver_accepted_spans_total", COLLECTOR, "instance"), "taken by {{instance}}"),
@@ -30,8 +29,7 @@ SPANS = Row(
         Panel(
             "Refused",
             "Spans per second that the Collector refused, for lack of memory or of room in its queue. Senders try "
-            "again; what "
-            "they cannot hold is lost there.",
+            "again; what they cannot hold is lost there.",
             "ops",
             (Query(rate("otelcol_receiver_refused_spans_total", COLLECTOR, "instance"), "{{instance}}"),),
             thresholds=limits(0.01, 10),
@@ -39,27 +37,25 @@ SPANS = Row(
         ),
         Panel(
             "Given up",
-            "Spans per second that an exporter gave up after a permanent error, or that found its queue full.",
-            "ops",
-            (
+            "Spans and metric points that an exporter gave up after a permanent error, or that found its queue full, "
+            "counted over the rate interval. They are lost.",
+            "short",
+            tuple(
                 Query(
-                    rate("otelcol_exporter_send_failed_spans_total", COLLECTOR, "exporter"),
-                    "not sent to {{exporter}}",
+                    grown(f"otelcol_exporter_{why}_failed_{what}_total", COLLECTOR, "exporter"),
+                    f"{said} {{{{exporter}}}}: {what.replace('_', ' ')}",
                     may_be_empty=NEVER_FAILED,
-                ),
-                Query(
-                    rate("otelcol_exporter_enqueue_failed_spans_total", COLLECTOR, "exporter"),
-                    "queue of {{exporter}} full",
-                    may_be_empty=NEVER_FAILED,
-                ),
+                )
+                for what in ("spans", "metric_points")
+                for why, said in (("send", "not sent to"), ("enqueue", "no room in the queue of"))
             ),
-            thresholds=limits(0.01, 1),
+            thresholds=limits(1, 100),
             width=6,
         ),
         Panel(
             "Queues of the exporters",
-            "Share of each exporter's queue that is in use. It fills while a backend is slow or down; when it is full, "
-            "spans are refused.",
+            "Share of each exporter's queue that is in use. It fills while a backend is slow or down; when it is "
+            "full, spans are refused.",
             "percentunit",
             (
                 Query(
@@ -73,22 +69,22 @@ SPANS = Row(
         ),
         Panel(
             "Dropped by the senders",
-            "Before the Collector: requests whose spans vLLM's plugin dropped since its queue was full, and spans "
-            "that Envoy "
-            "dropped.",
-            "ops",
+            "Before the Collector, in the last five minutes: requests whose spans vLLM's plugin dropped since its "
+            "queue was full, and spans that Envoy dropped.",
+            "short",
             (
                 Query(
-                    f"sum by (service_instance_id) (rate(llmtrace_engine_dropped_requests_total[{INTERVAL}]))",
+                    f"sum by (service_instance_id) (increase(llmtrace_engine_dropped_requests_total{{{REQUEST}}}[5m]))",
                     "requests of {{service_instance_id}}",
-                    may_be_empty="the plugin sends it with its first spans, and not with tracing off",
+                    may_be_empty="the plugin sends it once a minute from its first spans on, and not with tracing off",
                 ),
                 Query(
-                    rate("envoy_tracing_opentelemetry_spans_dropped", 'namespace=~"$namespace"', "instance"),
+                    "sum by (instance) "
+                    '(increase(envoy_tracing_opentelemetry_spans_dropped{namespace=~"$namespace"}[5m]))',
                     "spans of {{instance}}",
                 ),
             ),
-            thresholds=limits(0.01, 1),
+            thresholds=limits(1, 100),
         ),
     ),
 )
@@ -98,31 +94,20 @@ METRICS = Row(
     (
         Panel(
             "Metric points",
-            "Metric points per second that each exporter's backend took, and those given up.",
+            "Metric points per second that each exporter's backend took.",
             "ops",
             (
                 Query(
                     rate("otelcol_exporter_sent_metric_points_total", COLLECTOR, "exporter"),
                     "sent to {{exporter}}",
                 ),
-                Query(
-                    rate("otelcol_exporter_send_failed_metric_points_total", COLLECTOR, "exporter"),
-                    "not sent to {{exporter}}",
-                    may_be_empty=NEVER_FAILED,
-                ),
-                Query(
-                    rate("otelcol_exporter_enqueue_failed_metric_points_total", COLLECTOR, "exporter"),
-                    "queue of {{exporter}} full",
-                    may_be_empty=NEVER_FAILED,
-                ),
             ),
             width=8,
         ),
         Panel(
             "Series of span metrics",
-            "Series of one span metric, and whether any sender reached the limit: what is over it is counted "
-            "together under "
-            "the label otel_metric_overflow.",
+            "Series of one span metric, and whether any sender reached the limit: what is over it is counted together "
+            "under the label otel_metric_overflow.",
             "short",
             (
                 Query(f"count({CALLS}{{{REQUEST}}})", "series"),
@@ -161,7 +146,8 @@ SAMPLING = Row(
         ),
         Panel(
             "Traces that wait, and traces lost",
-            "Traces that wait for their decision; traces per second that were dropped before it, or for their size.",
+            "Traces that wait for their decision; traces that were dropped before it, or for their size, counted over "
+            "the rate interval.",
             "short",
             (
                 Query(
@@ -170,13 +156,15 @@ SAMPLING = Row(
                     may_be_empty=GATEWAY_ONLY,
                 ),
                 Query(
-                    rate("otelcol_processor_tail_sampling_sampling_trace_dropped_too_early_total", COLLECTOR),
-                    "dropped too early",
+                    grown(
+                        "otelcol_processor_tail_sampling_sampling_trace_dropped_too_early_total", COLLECTOR, "instance"
+                    ),
+                    "dropped by {{instance}} too early",
                     may_be_empty=GATEWAY_ONLY,
                 ),
                 Query(
-                    rate("otelcol_processor_tail_sampling_traces_dropped_too_large_total", COLLECTOR),
-                    "dropped, too large",
+                    grown("otelcol_processor_tail_sampling_traces_dropped_too_large_total", COLLECTOR, "instance"),
+                    "dropped by {{instance}}, too large",
                     may_be_empty=GATEWAY_ONLY,
                 ),
             ),
@@ -214,9 +202,8 @@ PROCESS = Row(
         Note(
             "What a gap means",
             "Spans are lost for good only where **Given up** or **Dropped by the senders** rises. **Refused** spans "
-            "come "
-            "again as long as the sender holds them. While a backend is down, its queue fills on disk and empties "
-            "afterwards: traces then arrive late, not never.",
+            "come again as long as the sender holds them. While a backend is down, its queue fills on disk and "
+            "empties afterwards: traces then arrive late, not never.",
             height=4,
         ),
     ),

@@ -75,9 +75,8 @@ ENDPOINTS = Row(
     (
         Panel(
             "Accelerator-seconds per request by endpoint",
-            "What each model server holds, per request that ends there. A split request ends at two of them: its "
-            "cost is "
-            "the sum of a prefill server's and a decode server's.",
+            "What each model server holds, per request that ends there. A split request ends at two of them: its cost "
+            "is the sum of a prefill server's and a decode server's.",
             "s",
             (
                 Query(
@@ -113,8 +112,8 @@ ENDPOINTS = Row(
         ),
         Panel(
             "Idle",
-            "Share of the time, of the last five minutes, in which a model server had no request to run. It costs "
-            "the same.",
+            "Share of the time, of the last five minutes, in which a model server had no request to run. It costs the "
+            "same.",
             "percentunit",
             (
                 Query(
@@ -144,17 +143,12 @@ LIMITS = Row(
         Note(
             "What this can know, and what it cannot",
             "**It knows** how many engines answered at each moment, how many accelerators you say each has, and how "
-            "many "
-            "requests and tokens were served in that time. It divides one by the other: the cost of what is *held*, "
-            "idle "
-            "time included. Set `Accelerators per engine` (tensor parallel x pipeline parallel) and `Price` above.\n\n"
-            "**It does not know** what one request used: requests share a batch, and metrics do not say how an "
-            "engine's step "
-            "is divided among them, nor by tenant. It does not know discounts, reserved capacity, or machines that "
-            "stand "
-            "by without a model server. A low price per token at an endpoint may come from short prompts or a warm "
-            "cache "
-            "rather than from good use.",
+            "many requests and tokens were served in that time. It divides one by the other: the cost of what is "
+            "*held*, idle time included. Set `Accelerators per engine` (tensor parallel x pipeline parallel) and "
+            "`Price` above.\n\n**It does not know** what one request used: requests share a batch, and metrics do not "
+            "say how an engine's step is divided among them, nor by tenant. It does not know discounts, reserved "
+            "capacity, or machines that stand by without a model server. A low price per token at an endpoint may "
+            "come from short prompts or a warm cache rather than from good use.",
         ),
     ),
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from grafana.board import Board, JaegerTable, Panel, Query, Row, TraceTable, limits
 from grafana.queries import DURATION, SERVER, TPOT, TTFT, VLLM, gauge, mean, quantile, rate
-from grafana.queries import LATENCY as LATENCY_LABELS
 
 SPLIT = "pd-disaggregation"
 
@@ -66,8 +65,8 @@ PHASES = Row(
             "Means by endpoint: from a request's arrival to its first token, and per token after it.",
             "s",
             (
-                Query(mean(TTFT, LATENCY_LABELS, "service_instance_id"), "TTFT {{service_instance_id}}"),
-                Query(mean(TPOT, LATENCY_LABELS, "service_instance_id"), "TPOT {{service_instance_id}}"),
+                Query(mean(TTFT, SERVER, "service_instance_id"), "TTFT {{service_instance_id}}"),
+                Query(mean(TPOT, SERVER, "service_instance_id"), "TPOT {{service_instance_id}}"),
             ),
             thresholds=limits(1, 2),
             endpoint_label="service_instance_id",

@@ -8,9 +8,9 @@ from grafana.queries import (
     DURATION,
     ENVOY,
     ERROR,
-    LATENCY,
     PICKER,
     REQUEST,
+    SERVER,
     TPOT,
     TTFT,
     VLLM,
@@ -119,8 +119,8 @@ TRAFFIC = Row(
         ),
         Panel(
             "Spans with an error",
-            "Spans per second that ended with an error, by who sent them and by the class of the error. "
-            "An exemplar leads to the trace.",
+            "Spans per second that ended with an error, by who sent them and by the class of the error. An exemplar "
+            "leads to the trace.",
             "ops",
             (
                 Query(
@@ -163,7 +163,7 @@ LATENCIES = Row(
             "TPOT in the model servers",
             "Mean time per output token after the first, by role. An exemplar leads to the trace.",
             "s",
-            (Query(quantile(0.95, TPOT, LATENCY, "llmtrace_role"), "p95 {{llmtrace_role}}", exemplars=True),),
+            (Query(quantile(0.95, TPOT, SERVER, "llmtrace_role"), "p95 {{llmtrace_role}}", exemplars=True),),
             thresholds=limits(0.1, 0.2),
             width=8,
         ),
@@ -174,7 +174,7 @@ LATENCIES = Row(
             "s",
             (
                 Query(
-                    quantile(0.95, TTFT, LATENCY, "service_instance_id"),
+                    quantile(0.95, TTFT, SERVER, "service_instance_id"),
                     "p95 {{service_instance_id}}",
                     exemplars=True,
                 ),

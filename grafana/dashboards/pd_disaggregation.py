@@ -6,7 +6,6 @@ from grafana.board import Board, JaegerTable, Panel, Query, Row, TraceTable, lim
 from grafana.queries import (
     CALLS,
     DURATION,
-    LATENCY,
     REQUEST,
     SERVER,
     TTFT,
@@ -43,9 +42,8 @@ DECISION = Row(
         ),
         Panel(
             "Decisions by reason",
-            "Requests per second by the picker's decision and its reason: the prompt, less what the decode server "
-            "has cached, "
-            "is long enough to be split, or why not.",
+            "Requests per second by the picker's decision and its reason: the prompt, less what the decode server has "
+            "cached, is long enough to be split, or why not.",
             "reqps",
             (
                 Query(
@@ -113,7 +111,7 @@ TRANSFER = Row(
                 Query(
                     per(
                         rate(f"{DURATION}_sum", LOAD, "service_instance_id"),
-                        rate(f"{TTFT}_sum", f'llmtrace_role!="prefill",{LATENCY}', "service_instance_id"),
+                        rate(f"{TTFT}_sum", f'llmtrace_role!="prefill",{SERVER}', "service_instance_id"),
                     ),
                     "{{service_instance_id}}",
                 ),
@@ -125,9 +123,8 @@ TRANSFER = Row(
         ),
         Panel(
             "Failed transfers",
-            "Transfers per second that failed, at the decode server, and requests whose KV nobody fetched in time, "
-            "at the "
-            "prefill server. Anything above 0 wants an explanation.",
+            "Transfers per second that failed, at the decode server, and requests whose KV nobody fetched in time, at "
+            "the prefill server. Anything above 0 wants an explanation.",
             "ops",
             (
                 Query(rate(FAILED, VLLM, "instance"), "failed {{instance}}"),
@@ -153,8 +150,7 @@ LEGS = Row(
         Panel(
             "Legs at the sidecar",
             "How long the sidecars wait for each leg of a split request: prefill until its answer, decode until its "
-            "last "
-            "token. An exemplar leads to the trace.",
+            "last token. An exemplar leads to the trace.",
             "s",
             tuple(
                 Query(
@@ -170,11 +166,10 @@ LEGS = Row(
         Panel(
             "TTFT in the model servers by role",
             "From the arrival at a prefill server, or at a decode server, to the first token there. A split request "
-            "passes "
-            "both, one after the other.",
+            "passes both, one after the other.",
             "s",
             tuple(
-                Query(quantile(share, TTFT, LATENCY, "llmtrace_role"), f"p{share * 100:g} {{{{llmtrace_role}}}}")
+                Query(quantile(share, TTFT, SERVER, "llmtrace_role"), f"p{share * 100:g} {{{{llmtrace_role}}}}")
                 for share in (0.5, 0.95)
             ),
             thresholds=limits(1, 2),

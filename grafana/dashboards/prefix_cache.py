@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from grafana.board import Board, JaegerTable, Panel, Query, Row, TraceTable, limits
-from grafana.queries import INTERVAL, LATENCY, PICKER, TTFT, VLLM, mean, per, quantile, rate
+from grafana.queries import INTERVAL, PICKER, SERVER, TTFT, VLLM, mean, per, quantile, rate
 
 HITS, LOOKUPS = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
 NAMESPACE = 'namespace=~"$namespace"'
 PRECISE = "only pickers with the precise prefix cache count it"
-CACHED = f'llmtrace_prompt_cached=~"none|some|most",{LATENCY}'
+CACHED = f'llmtrace_prompt_cached=~"none|some|most",{SERVER}'
 
 
 def lookup_hits(counter: str) -> str:
@@ -95,8 +95,7 @@ WORTH = Row(
         Panel(
             "TTFT by picker",
             "Time to the first part of the response, 95 %, of each picker: with several at work, such as one that "
-            "looks at "
-            "the cache and one that does not, this compares them.",
+            "looks at the cache and one that does not, this compares them.",
             "s",
             (Query(quantile(0.95, "llm_d_epp_request_ttft_seconds", PICKER, "instance"), "p95 {{instance}}"),),
             thresholds=limits(1, 2),
@@ -116,8 +115,7 @@ INDEX = Row(
         Panel(
             "Predicted share",
             "Mean share of the prompt that the picked endpoint should have had cached, by picker. Far above the hit "
-            "share: "
-            "the index is out of date.",
+            "share: the index is out of date.",
             "percentunit",
             (Query(mean("llm_d_epp_prefix_indexer_hit_ratio", NAMESPACE, "instance"), "{{instance}}"),),
             maximum=1,

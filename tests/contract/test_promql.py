@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -19,6 +18,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.metrics.v1 import metrics_pb2 as otlp
 from opentelemetry.proto.resource.v1.resource_pb2 import Resource
+from parsed_promql import nodes
 from prometheus_process import prometheus, promtool
 
 from grafana import pictures
@@ -44,7 +44,7 @@ def of_panels() -> dict[str, str]:
     for path in sorted(FOLDER.glob("*.json")):
         dashboard = json.loads(path.read_text())
         values = defaults(dashboard) | built_in(15, 5, 900)
-        for panel in pictures.panels(dashboard):
+        for _, panel in pictures.panels(dashboard):
             for target in panel["targets"]:
                 found[f"{path.stem}: {panel['title']} {target['refId']}"] = substitute(target["expr"], values)
     return found
@@ -67,17 +67,6 @@ def of_data_sources() -> dict[str, str]:
             for query in metrics["queries"]:
                 found[f"{path.stem}: {query['name']}"] = query["query"].replace("$$__tags", tags)
     return found
-
-
-def nodes(tree: object) -> Iterator[Mapping[str, Any]]:
-    """Every node of a parsed query."""
-    if isinstance(tree, dict):
-        yield tree
-        for child in tree.values():
-            yield from nodes(child)
-    elif isinstance(tree, list):
-        for child in tree:
-            yield from nodes(child)
 
 
 def test_every_query_parses_and_is_of_declared_names(client: httpx.Client) -> None:
@@ -146,6 +135,12 @@ def histogram(name: str, second: int, seconds: float, **labels: str) -> otlp.Met
     )
 
 
+def send(client: httpx.Client, resources: list[otlp.ResourceMetrics]) -> None:
+    body = ExportMetricsServiceRequest(resource_metrics=resources).SerializeToString()
+    answer = client.post("/api/v1/otlp/v1/metrics", content=body, headers={"content-type": "application/x-protobuf"})
+    assert answer.status_code < 300, answer.text
+
+
 def push(client: httpx.Client) -> None:
     """Fifteen minutes of two model servers' first tokens, cached and not, and of the picker's spans."""
     ttft = "gen_ai.server.time_to_first_token"
@@ -167,11 +162,7 @@ def push(client: httpx.Client) -> None:
         picker = Resource(attributes=attributes(service__name="llm-d-epp", service__instance__id="random"))
         span = histogram("llmtrace.span.duration", second, 2.0, span__name="gateway.request")
         resources.append(otlp.ResourceMetrics(resource=picker, scope_metrics=[otlp.ScopeMetrics(metrics=[span])]))
-        body = ExportMetricsServiceRequest(resource_metrics=resources).SerializeToString()
-        answer = client.post(
-            "/api/v1/otlp/v1/metrics", content=body, headers={"content-type": "application/x-protobuf"}
-        )
-        assert answer.status_code < 300, answer.text
+        send(client, resources)
 
 
 def test_pushed_series_come_back_by_the_dashboards_queries_and_are_drawn(
@@ -196,12 +187,33 @@ def test_pushed_series_come_back_by_the_dashboards_queries_and_are_drawn(
     drawn = (tmp_path / "dashboard-prefix-cache.svg").read_text()
     assert "TTFT, cached against uncached" in drawn
     assert "vllm-1 none" in drawn
-    assert "no data" in drawn
+    assert "No data" in drawn
     assert (tmp_path / "dashboard-overview.svg").is_file()
     assert pictures.main([*told[:-2], "nothing"]) == 2
     assert "no dashboard nothing" in capsys.readouterr().err
     assert pictures.main(["--prometheus", "http://127.0.0.1:9", "--out", str(tmp_path), "engine"]) == 2
     assert "did not answer" in capsys.readouterr().err
+
+
+def test_the_first_error_of_a_kind_counts(client: httpx.Client) -> None:
+    """Its series begins with it; Prometheus puts a 0 at the start that the Collector tells."""
+    now = time.time_ns()
+    point = otlp.NumberDataPoint(
+        attributes=attributes(span__name="gateway.request", status__code="STATUS_CODE_ERROR"),
+        start_time_unix_nano=now - 5 * 10**9,
+        time_unix_nano=now,
+        as_int=3,
+    )
+    cumulative = otlp.AGGREGATION_TEMPORALITY_CUMULATIVE
+    calls = otlp.Metric(
+        name="llmtrace.span.calls",
+        sum=otlp.Sum(data_points=[point], is_monotonic=True, aggregation_temporality=cumulative),
+    )
+    picker = Resource(attributes=attributes(service__name="llm-d-epp", service__instance__id="first-error"))
+    send(client, [otlp.ResourceMetrics(resource=picker, scope_metrics=[otlp.ScopeMetrics(metrics=[calls])])])
+    query = 'increase(llmtrace_span_calls_total{service_instance_id="first-error"}[20s])'
+    (found,) = client.post("/api/v1/query", data={"query": query, "time": now / 1e9}).json()["data"]["result"]
+    assert float(found["value"][1]) >= 3
 
 
 def test_a_pictures_legend_is_grafanas() -> None:

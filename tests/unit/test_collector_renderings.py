@@ -6,11 +6,9 @@ import json
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
-from collecting import FLAGS, FOLDER, RENDERINGS, Collector, backend
+from collecting import FLAGS, FOLDER, RENDERINGS, Collector, backend, read
 from deployed import program
 
 FRAGMENTS = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in ("builder", "kustomization"))
@@ -21,10 +19,6 @@ VALIDATED = {
     "agent in Kubernetes, content captured": (*RENDERINGS["agent"], "agent-kubernetes", "capture-content"),
     "gateway, content captured": (*RENDERINGS["gateway"], "capture-content"),
 }
-
-
-def read(name: str) -> Any:
-    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
 
 
 @pytest.mark.parametrize("name", VALIDATED)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from collecting import Backend, Collector, backend, collecting, spans_of, wait_for
+from collecting import Backend, Collector, backend, collecting, read, spans_of, wait_for
 from loopback import sample_sum, until
-from opentelemetry.proto.trace.v1.trace_pb2 import Status
+from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from llmtrace.traces.otlp import key_values
 
@@ -22,28 +23,33 @@ def request(completion: int, decode: float) -> dict[str, Any]:
     return {"gen_ai.usage.completion_tokens": completion, "gen_ai.latency.time_in_model_decode": decode}
 
 
-KEPT: dict[str, list[dict[str, Any]]] = {
-    "an error": [ROOT, {"parent_span_id": PARENT, "status": ERROR}],
-    "an error that is an attribute": [ROOT, {"attributes": {"error.type": "timeout"}}],
-    "Envoy's error": [ROOT | {"attributes": {"http.status_code": "503"}}],
-    "no response": [ROOT | {"attributes": {"http.status_code": "0"}}],
-    "a failed KV load": [ROOT, {"name": "kv_load", "attributes": {"llmtrace.kv_load.failed": True}}],
-    "slow TTFT of vLLM": [ROOT, {"attributes": {"gen_ai.latency.time_to_first_token": 0.6}}],
-    "slow TTFT at the gateway": [ROOT, {"attributes": {"llmtrace.gateway.ttft_ms": 600.0}}],
-    "slow TPOT": [ROOT, {"attributes": request(11, 0.6)}],
-    "slow TPOT of the plugin": [ROOT, {"attributes": {"llmtrace.decode.tpot_mean_ms": 60.0}}],
-    "slow as a whole": [ROOT | {"seconds": 6.0}],
-    "still running": [{"parent_span_id": PARENT, "name": "run_scheduler_profile"}],
-    "a marked split": [
-        ROOT,
-        {
-            "name": "prepare_disaggregation",
-            "attributes": {"llmtrace.pd.decision": "split", "llmtrace.sampling.keep": True},
-        },
-    ],
-    "a scaling decision": [{"name": "llmtrace.autoscale.decision"}],
-    "a tenant with a share of its own": [ROOT, {"attributes": {"llmtrace.tenant": "gold"}}],
+KEPT: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "an error": ("errors", [ROOT, {"parent_span_id": PARENT, "status": ERROR}]),
+    "an error that is an attribute": ("errors-by-attribute", [ROOT, {"attributes": {"error.type": "timeout"}}]),
+    "Envoy's error": ("errors-by-attribute", [ROOT | {"attributes": {"error": "true"}}]),
+    "an error that is a flag": ("errors-by-attribute", [ROOT | {"attributes": {"error": True}}]),
+    "HTTP 503 as Envoy says it": ("errors-by-attribute", [ROOT | {"attributes": {"http.status_code": "503"}}]),
+    "no response": ("errors-by-attribute", [ROOT | {"attributes": {"http.status_code": "0"}}]),
+    "HTTP 500 as a number": ("errors-by-attribute", [ROOT | {"attributes": {"http.status_code": 500}}]),
+    "HTTP 502": ("errors-by-attribute", [ROOT, {"attributes": {"http.response.status_code": 502}}]),
+    "an exception": ("errors-by-attribute", [ROOT, {"events": [Span.Event(name="exception")]}]),
+    "an aborted request": ("errors-by-attribute", [ROOT, {"events": [Span.Event(name="abort")]}]),
+    "a failed KV load": ("errors-by-attribute", [ROOT, {"attributes": {"llmtrace.kv_load.failed": True}}]),
+    "slow TTFT of vLLM": ("slow-ttft", [ROOT, {"attributes": {"gen_ai.latency.time_to_first_token": 0.6}}]),
+    "slow TTFT at the gateway": ("slow-ttft", [ROOT, {"attributes": {"llmtrace.gateway.ttft_ms": 600.0}}]),
+    "slow TTFT at the client": ("slow-ttft", [ROOT, {"attributes": {"llmtrace.client.ttft_ms": 600.0}}]),
+    "slow TPOT": ("slow-tpot", [ROOT, {"attributes": request(11, 0.6)}]),
+    "slow TPOT of the plugin": ("slow-tpot", [ROOT, {"attributes": {"llmtrace.decode.tpot_mean_ms": 60.0}}]),
+    "slow as a whole": ("slow-total", [ROOT | {"seconds": 6.0}]),
+    "still running": ("unfinished", [{"parent_span_id": PARENT, "name": "run_scheduler_profile"}]),
+    "a marked split": (
+        "marked",
+        [ROOT, {"attributes": {"llmtrace.pd.decision": "split", "llmtrace.sampling.keep": True}}],
+    ),
+    "a scaling decision": ("scaling", [{"name": "autoscale.decision"}]),
+    "a tenant with a share": ("share-of-tenants", [ROOT, {"attributes": {"llmtrace.tenant": "gold"}}]),
 }
+"""The policy that keeps a trace, no other, and the trace's spans."""
 DROPPED: dict[str, list[dict[str, Any]]] = {
     "nothing special": [
         ROOT | {"attributes": {"http.status_code": "200"}},
@@ -59,19 +65,20 @@ DROPPED: dict[str, list[dict[str, Any]]] = {
 
 
 def test_what_is_kept(tmp_path: Path) -> None:
-    ids = {name: bytes([index + 1]) * 16 for index, name in enumerate([*KEPT, *DROPPED])}
+    sent = {name: spans for name, (_, spans) in KEPT.items()} | DROPPED
+    ids = {name: bytes([index + 1]) * 16 for index, name in enumerate(sent)}
     names = {trace_id: name for name, trace_id in ids.items()}
     with backend() as store, collecting("gateway", tmp_path, store, NONE | SLOW) as collector:
-        for name, spans in (KEPT | DROPPED).items():
+        for name, spans in sent.items():
             # Each span by a request of its own, as from different components.
             for span in spans:
                 assert collector.send(spans_of({"trace": ids[name], **span}))
         wait_for(store, {ids[name] for name in KEPT})
         until(lambda: decided(collector) == len(ids), "all decisions", 20, poll_s=0.2)
-        kept = {names[span.trace_id] for span in store.spans()}
-        assert kept == KEPT.keys()
+        assert {names[span.trace_id] for span in store.spans()} == KEPT.keys()
         counts = {name: sum(span.trace_id == ids[name] for span in store.spans()) for name in KEPT}
-        assert counts == {name: len(spans) for name, spans in KEPT.items()}
+        assert counts == {name: len(sent[name]) for name in KEPT}
+        assert votes(collector) == Counter(policy for policy, _ in KEPT.values())
         # What comes late follows the decision.
         late = b"\xee" * 8
         for name in ("nothing special", "an error"):
@@ -80,6 +87,14 @@ def test_what_is_kept(tmp_path: Path) -> None:
             )
         until(lambda: late in store.span_ids(), "the late span", 20)
         assert [names[s.trace_id] for s in store.spans() if s.span_id == late] == ["an error"]
+
+
+def votes(collector: Collector) -> dict[str, float]:
+    """How many traces each policy wanted, of those that wanted any."""
+    metric = "otelcol_processor_tail_sampling_count_traces_sampled_total"
+    policies = [policy["name"] for policy in read("gateway")["processors"]["tail_sampling"]["policies"]]
+    found = {name: sample_sum(collector.page(), metric, policy=name, sampled="true") for name in policies}
+    return {name: number for name, number in found.items() if number}
 
 
 def decided(collector: Collector) -> float:

@@ -13,6 +13,7 @@ import yaml
 from picking import Picker
 from prometheus_client import Metric
 
+from grafana.series import series
 from llmtrace.errors import UserError
 from llmtrace.picker.disaggregation import Decision, Reason
 from llmtrace.scenarios.prefix_cache import EXPECTATION, NAME
@@ -268,7 +269,17 @@ def test_the_collectors_span_metrics_are_declared() -> None:
 
 def test_the_metrics_of_vllm_that_the_code_reads_are_declared() -> None:
     read_by_code = {text for path in CODE for text in literals(path) if re.fullmatch(r"vllm:\w+", text)}
-    assert read_by_code == {m.name for m in registry().metrics.values() if m.origin == "vllm"}
+    assert read_by_code <= {m.name for m in registry().metrics.values() if m.origin == "vllm"}
+
+
+def test_scraped_metrics_are_read_by_the_code_a_dashboard_or_an_alert() -> None:
+    dashboards = [*(ROOT / "grafana/generated").glob("*.json"), ROOT / "grafana/alerts/llmtrace.yaml"]
+    read = {text for path in CODE for text in literals(path)}
+    read |= {word for path in dashboards for word in re.findall(r"[\w:]+", path.read_text())}
+    others = ("vllm", "envoy", "prometheus")
+    scraped = [m for m in registry().metrics.values() if m.origin in others or m.name.startswith("otelcol_")]
+    assert scraped
+    assert [m.name for m in scraped if not series(m) & read] == []
 
 
 GOOD: dict[str, Any] = {
