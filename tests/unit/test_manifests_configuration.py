@@ -20,6 +20,7 @@ from deployed import program
 from manifest_renders import AUTOSCALING, PD, WIDE_EP, find, pod, rendered, variables
 from picking import Handle
 
+from grafana import queries
 from llmtrace.deploy.playbook import CHECKOUT
 from llmtrace.picker import config
 from manifests.checks.render import MANIFESTS, OVERLAYS
@@ -123,6 +124,17 @@ def test_grafana_gets_every_dashboard_and_what_its_provisioning_names() -> None:
     assert set(re.findall(r"(?<!\$)\$([A-Z][A-Z_]+)", text)) <= variables(container).keys()
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert variables(container)["LLMTRACE_DASHBOARDS"] in mounts
+
+
+@pytest.mark.parametrize(("job", "selector"), [("vllm", queries.VLLM), ("picker", queries.PICKER)])
+def test_the_agent_gives_what_it_scrapes_the_labels_by_which_dashboards_select(job: str, selector: str) -> None:
+    found = yaml.safe_load(
+        find(rendered("observability"), "ConfigMap", "collector-agent")["data"]["agent-kubernetes.yaml"]
+    )
+    jobs = {one["job_name"]: one for one in found["receivers"]["prometheus"]["config"]["scrape_configs"]}
+    given = {rule["target_label"] for rule in jobs[job]["relabel_configs"] if "target_label" in rule}
+    # The model is a label of the servers' and the picker's own.
+    assert set(re.findall(r"(\w+)=~", selector)) - {"model_name"} <= given
 
 
 @pytest.mark.parametrize("overlay", SCENARIOS)

@@ -175,7 +175,7 @@ BROKEN: dict[str, tuple[Callable[[list[Object]], None], str]] = {
     "no registry": (put("StatefulSet", "tempo", "grafana/tempo:2.8.1", "image"), "neither an exact version"),
     "wildcard": (wildcard, "it allows everything of a kind"),
     "secrets": (secrets, "it allows secrets to be read"),
-    "writes": (writes, "it allows more than to look: get, delete"),
+    "writes": (writes, "it allows more than to look, and not at named objects only: get, delete"),
     "no account": (remove("ServiceAccount", "grafana"), "there is no account grafana"),
     "no budget": (remove("PodDisruptionBudget", "tempo"), "StatefulSet/llmtrace/tempo has no PodDisruptionBudget"),
     "no role": (remove("Role", "prometheus"), "binds a role that is not there"),
