@@ -1,4 +1,4 @@
-"""The command lines and variables of the manifests' model servers against the source of vLLM, which does not run.
+"""The command lines and variables of the manifests' model servers against the source of vLLM, and its parser.
 
 The arguments of ``vllm serve``: https://docs.vllm.ai/en/latest/cli/serve/
 """
@@ -10,10 +10,12 @@ import json
 import os
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from deployed import program
 from manifest_renders import rendered
 from vllm_source import PINS, SourceUnavailableError, fetch, folder
 
@@ -138,3 +140,47 @@ def test_the_supervisor_of_ranks_answers_the_probes(vllm: Path) -> None:
                 assert f"--data-parallel-supervisor-port={ports['supervisor']}" in arguments(container)
             else:
                 assert f"--port={ports[asked['port']]}" in arguments(container), name
+
+
+PARSES = """
+import json, sys
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+parser = FlexibleArgumentParser()
+serve = ServeSubcommand()
+serve.subparser_init(parser.add_subparsers(dest="subparser"))
+for given in json.load(sys.stdin):
+    found = parser.parse_args(["serve", *given])
+    serve.validate(found)
+    print("parsed", found.model_tag, found.kv_transfer_config, found.data_parallel_size)
+"""
+"""What `vllm serve` does before it does anything else."""
+
+
+def test_the_installed_vllm_parses_every_command_line() -> None:
+    """As two nodes of eight ranks, of which this is the second."""
+    node = {"$DP_SIZE_LOCAL": "8", "$LWS_LEADER_ADDRESS": "leader"}
+    given = [
+        [
+            re.sub(r"\$[A-Z_]+", lambda found: node[found[0]], argument)
+            .replace("--data-parallel-size=1", "--data-parallel-size=16")
+            .replace("--data-parallel-start-rank=1", "--data-parallel-start-rank=8")
+            for argument in arguments(container)
+        ]
+        for _, container in servers()
+    ]
+    done = subprocess.run(
+        [program("vllm/*/bin/python"), "-c", PARSES],
+        input=json.dumps(given),
+        env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_PLUGINS": ""},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    parsed = [line for line in done.stdout.splitlines() if line.startswith("parsed ")]
+    assert len(parsed) == len(given)
+    assert sum("NixlConnector" in line for line in parsed) == 4
+    assert sum(line.endswith(" 16") for line in parsed) == 2
