@@ -24,7 +24,7 @@ import httpx
 from grafana.generate import FOLDER
 from grafana.substitute import built_in, defaults, substitute
 
-STEP_S, SCRAPE_S = 15, 5
+SCRAPE_S, MOST_POINTS = 5, 100
 COLUMN_PX, HEIGHT_PX, GAP_PX, AXIS_PX = 50, 130, 20, 50
 NUMBERS = {
     "percentunit": "format({0}, '.2~%')",
@@ -58,6 +58,11 @@ class Range:
         """Its length."""
         return round(self.end - self.start)
 
+    @property
+    def step(self) -> int:
+        """Seconds between two points of a line."""
+        return max(SCRAPE_S, self.seconds // MOST_POINTS)
+
 
 def panels(dashboard: Mapping[str, Any], *, collapsed: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
     """The panels of a dashboard's JSON that ask Prometheus, each with its row's title, in collapsed rows or not."""
@@ -79,7 +84,7 @@ def points(client: httpx.Client, target: Mapping[str, Any], values: Mapping[str,
     """The series of one of a panel's queries."""
     query = substitute(target["expr"], values)
     answer = client.post(
-        "/api/v1/query_range", data={"query": query, "start": when.start, "end": when.end, "step": STEP_S}
+        "/api/v1/query_range", data={"query": query, "start": when.start, "end": when.end, "step": when.step}
     )
     answer.raise_for_status()
     return [
@@ -92,7 +97,7 @@ def points(client: httpx.Client, target: Mapping[str, Any], values: Mapping[str,
 
 def picture(client: httpx.Client, dashboard: Mapping[str, Any], when: Range) -> alt.VConcatChart:
     """What one sees of a dashboard when it is opened: its panels in its own rows and widths."""
-    values = defaults(dashboard) | built_in(STEP_S, SCRAPE_S, when.seconds)
+    values = defaults(dashboard) | built_in(when.step, SCRAPE_S, when.seconds)
     lines: list[alt.HConcatChart] = []
     shown = panels(dashboard, collapsed=False)
     titled = ""
@@ -163,7 +168,9 @@ def _lines(panel: Mapping[str, Any], found: Sequence[Point], when: Range, number
     drawn: alt.Chart = (
         base.mark_area(opacity=0.6, clip=True) if stacked else base.mark_line(strokeWidth=1.5, clip=True)
     ).encode(
-        x=alt.X("time:T", axis=alt.Axis(format="%H:%M", tickCount=5), scale=times),
+        x=alt.X(
+            "time:T", axis=alt.Axis(format="%H:%M" if when.seconds > 600 else "%H:%M:%S", tickCount=4), scale=times
+        ),
         y=alt.Y(
             "value:Q",
             axis=alt.Axis(labelExpr=number, tickCount=4, minExtent=AXIS_PX - 12, maxExtent=AXIS_PX - 12),

@@ -82,18 +82,19 @@ def test_time_to_first_token_is_measured_by_cached_share(stack: Stack) -> None:
     assert cached[0] == 0
     assert cached[1] > 0
     for metric in ("gen_ai_server_time_to_first_token_seconds", "gen_ai_server_time_per_output_token_seconds"):
-        seen: dict[str, set[str]] = {}
+        for trace_id, share in zip(ids, ("none", "most"), strict=True):
+            until(lambda m=metric, t=trace_id: labels_with(stack, m, t), f"exemplars of {metric}", WAIT_S, poll_s=1)  # type: ignore[misc]
+            labels = labels_with(stack, metric, trace_id)[0]
+            assert labels["llmtrace_prompt_cached"] == share
+            assert labels["llmtrace_role"] == "both"
+            assert labels["gen_ai_request_model"] == stack.model
+            assert labels["service_instance_id"] in {server.name for server in stack.servers}
 
-        def exemplars(metric: str = metric, seen: dict[str, set[str]] = seen) -> bool:
-            for group in prometheus(stack, "query_exemplars", query=f"{metric}_bucket"):
-                labels = group["seriesLabels"]
-                assert labels["llmtrace_role"] in {"both", "prefill", "decode"}
-                assert labels["gen_ai_request_model"] == stack.model
-                assert labels["service_instance_id"] in {server.name for server in stack.servers}
-                for exemplar in group["exemplars"]:
-                    seen.setdefault(exemplar["labels"]["trace_id"], set()).add(labels["llmtrace_prompt_cached"])
-            return {*ids} <= seen.keys()
 
-        until(exemplars, f"exemplars of {metric}", WAIT_S, poll_s=1)
-        assert seen[ids[0]] == {"none"}
-        assert seen[ids[1]] == {"most"}
+def labels_with(stack: Stack, metric: str, trace_id: str) -> list[dict[str, str]]:
+    """The labels of a histogram's series that have an exemplar of this trace."""
+    return [
+        series["seriesLabels"]
+        for series in prometheus(stack, "query_exemplars", query=f"{metric}_bucket")
+        if any(exemplar["labels"]["trace_id"] == trace_id for exemplar in series["exemplars"])
+    ]
