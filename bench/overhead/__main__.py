@@ -22,7 +22,7 @@ from llmtrace.errors import UserError
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smoke run of under two minutes: tiny model, two rounds")
+    parser.add_argument("--quick", action="store_true", help="a smoke run of about two minutes: tiny model, two rounds")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--report", type=Path, metavar="PAGE", help="also write the tables into this Markdown page")
     arguments = parser.parse_args()
@@ -49,7 +49,7 @@ def _run(arguments: argparse.Namespace) -> None:
         say("the engine's loop")
         costs = engine_loop.measure(tiny, plugin)
         say("the hooks in a running server")
-        running = live.measure(tiny, plugin, folder)
+        running = live.measure(plans[0], tiny, plugin, folder)
     text = report.page(results, costs, running)
     if arguments.report:
         report.write_into(arguments.report, text)

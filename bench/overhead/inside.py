@@ -11,20 +11,18 @@ SIGUSR1 then writes what was measured since the last time into the log.
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import logging
 import os
 import signal
 import time
 from collections.abc import Callable
-from functools import reduce
 from types import FrameType
 from typing import Any
 
 TIMES = "OVERHEAD_BENCH_TIMES"
 HOOKS_OUT, HOOKS_IN, TOLD = "overhead bench: hooks out", "overhead bench: hooks in", "overhead bench: times "
-TIMED = ("schedule", "update_from_output", "process_outputs")
+EVERY_STEP = ("schedule", "update_from_output", "process_outputs")
 """The hooks of every step: two in the engine core, one in the API server."""
 
 _logger = logging.getLogger("vllm.overhead.bench")
@@ -44,18 +42,16 @@ def register() -> None:
         signal.signal(signal.SIGUSR2, _in)
 
 
-def _owner(hook: Any) -> Any:
-    return reduce(getattr, hook.owner.split("."), importlib.import_module(hook.module))
-
-
 def _out(_signal: int, _frame: FrameType | None) -> None:
-    from llmtrace.engine.compat import HOOKS
+    from llmtrace.engine.compat import HOOKS, owner_of
+    from llmtrace.engine.hooks import WRAPPED
 
     for hook in HOOKS:
-        function = getattr(_owner(hook), hook.function)
-        if hasattr(function, "__llmtrace_wrapped__"):
-            _taken.append((_owner(hook), hook.function, function))
-            setattr(_owner(hook), hook.function, function.__wrapped__)
+        owner = owner_of(hook)
+        function = getattr(owner, hook.function)
+        if hasattr(function, WRAPPED):
+            _taken.append((owner, hook.function, function))
+            setattr(owner, hook.function, function.__wrapped__)
     _logger.info(HOOKS_OUT)
 
 
@@ -67,13 +63,13 @@ def _in(_signal: int, _frame: FrameType | None) -> None:
 
 def _time_hooks() -> None:
     from llmtrace.engine import hooks, plugin
-    from llmtrace.engine.compat import HOOKS
+    from llmtrace.engine.compat import HOOKS, owner_of
 
     plugin.install()  # which does nothing where vLLM has loaded it already
     [installed] = plugin._installed  # noqa: SLF001
     for hook in HOOKS:
-        if hook.name in TIMED:
-            owner = _owner(hook)
+        if hook.name in EVERY_STEP:
+            owner = owner_of(hook)
             clock = _Clock(_times.setdefault(hook.name, []))
             setattr(owner, hook.function, clock.inner(getattr(owner, hook.function).__wrapped__))
             hooks.wrap(owner, hook.function, installed.guard, *installed.bodies()[hook.name])

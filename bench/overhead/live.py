@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from bench.overhead import load
-from bench.overhead.plans import TIMED, TINY
+from bench.overhead.plans import TIMED, Plan
+from bench.overhead.rounds import WARM_UP_ROUNDS, prepare
 from bench.overhead.servers import Server, serve
-
-ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -26,30 +25,26 @@ class Live:
     """From one to the next, as clients see it: the median of their TPOT."""
 
 
-def measure(model: Path, plugin: Path, folder: Path) -> dict[str, Live]:
-    """By the share of requests sampled, 0% and 100%, with the load of the tiny model's plan."""
+def measure(plan: Plan, model: Path, plugin: Path, folder: Path) -> dict[str, Live]:
+    """By the share of requests sampled, 0% and 100%, with the load of one start of ``plan``."""
     logs = folder / "live"
     logs.mkdir()
     with serve(model, (TIMED,), plugin, logs) as servers:
         server = servers[TIMED]
-        _drive(server, "warm-up", sampled=True)
-        server.times()
-        return {share: _drive(server, share, sampled=share == "100%") for share in ("0%", "100%")}
+        _drive(server, plan, 1.0, range(-WARM_UP_ROUNDS, 0))
+        return {f"{sampling:.0%}": _drive(server, plan, sampling, range(plan.rounds)) for sampling in (0.0, 1.0)}
 
 
-def _drive(server: Server, name: str, *, sampled: bool) -> Live:
-    tpots = []
-    for number in range(ROUNDS):
-        asked = load.requests(number, TINY.requests, TINY.prompt_tokens, TINY.output_tokens, TINY.vocabulary)
-        ids = random.Random(f"{name} {number}")
-        salt = f"{name}-{number}"
-        messages = [load.encode(request, salt=salt, sampled=sampled, ids=ids) for request in asked]
-        tpots += [each.tpot for each in load.drive(server.port, messages, TINY.concurrency).times]
+def _drive(server: Server, plan: Plan, sampling: float, numbers: range) -> Live:
+    tpots: list[float] = []
+    for number in numbers:
+        messages = prepare(plan, number, f"{number}-{sampling:.0%}", sampling).messages
+        tpots += [each.tpot for each in load.drive(server.port, messages, plan.concurrency).times]
     found = server.times()
     engine = [found["schedule"], found["update_from_output"]]
     return Live(
         sum(each["mean"] for each in engine),
         sum(each["median"] for each in engine),
         found["process_outputs"]["mean"],
-        sorted(tpots)[len(tpots) // 2] * 1e6,
+        median(tpots) * 1e6,
     )

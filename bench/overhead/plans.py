@@ -33,8 +33,8 @@ CONTROL = Variant("no tracing, again", traced=False)
 BUILT_IN = Variant("vLLM's own")
 PLUGIN = Variant("llmtrace", plugin=True)
 HANGS = Variant("llmtrace, collector hangs", plugin=True, collector="hangs")
-TIMED = Variant("llmtrace, timed", plugin=True, timed=True)
 DOWN = Variant("llmtrace, collector down", plugin=True, collector="down")
+TIMED = Variant("llmtrace, timed", plugin=True, timed=True)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from bench.overhead import load
 from bench.overhead.plans import BUILT_IN, OUT, PLUGIN, Cell, Plan, Variant
@@ -44,7 +45,7 @@ class Usage:
     start: int
     memory: Memory
     sampled: int
-    """Sampled requests in all, warm-up included."""
+    """Sampled requests of all rounds."""
     exported: Counts
     """What its collector took of them."""
     complaints: int
@@ -72,6 +73,27 @@ def measure(plan: Plan, model: Path, plugin: Path, folder: Path, say: Say) -> Me
     return measured
 
 
+class Round(NamedTuple):
+    """What a server is sent in one round, ready to go."""
+
+    messages: list[bytes]
+    sampled: int
+    """Requests of it that are sampled."""
+    tokens: int
+    """That the server has to make."""
+
+
+def prepare(plan: Plan, number: int, name: str, sampling: float) -> Round:
+    """Requests of a round; the same prompts and lengths for every ``name``, of which each has prefixes of its own."""
+    ids = random.Random(name)
+    asked = load.requests(number, plan.requests, plan.prompt_tokens, plan.output_tokens, plan.vocabulary)
+    flags = [ids.random() < sampling for _ in asked]
+    messages = [
+        load.encode(request, salt=name, sampled=flag, ids=ids) for request, flag in zip(asked, flags, strict=True)
+    ]
+    return Round(messages, sum(flags), sum(request.max_tokens for request in asked))
+
+
 class _Start:
     """The rounds of one set of servers."""
 
@@ -80,10 +102,12 @@ class _Start:
         self._start = start
         self._servers = servers
         self._say = say
-        self._sampled = dict.fromkeys(servers, 0)
         self._hooks = dict.fromkeys(servers, True)
-        # vLLM traces its own start as well.
-        self._before = {variant: server.exported() for variant, server in servers.items()}
+        self._count_anew()  # vLLM traces its own start as well
+
+    def _count_anew(self) -> None:
+        self._sampled = dict.fromkeys(self._servers, 0)
+        self._before = {variant: server.exported() for variant, server in self._servers.items()}
 
     def run(self, measured: Measured) -> None:
         for number in range(-WARM_UP_ROUNDS, 0):
@@ -92,6 +116,7 @@ class _Start:
         self._check_spans()
         if OUT in self._plan.cells:
             self._check_switch()
+        self._count_anew()
         for number in range(self._plan.rounds):
             cells = list(self._plan.cells)
             random.Random(f"{self._start} {number}").shuffle(cells)
@@ -107,29 +132,23 @@ class _Start:
             )
 
     def _cell(self, cell: Cell, number: int) -> Sample:
-        plan, server = self._plan, self._servers[cell.variant]
-        ids = random.Random(f"{self._start} {number} {cell.name}")
-        asked = load.requests(number, plan.requests, plan.prompt_tokens, plan.output_tokens, plan.vocabulary)
-        flags = [ids.random() < cell.sampling for _ in asked]
-        messages = [
-            load.encode(request, salt=f"{self._start}-{number}-{cell.name}", sampled=flag, ids=ids)
-            for request, flag in zip(asked, flags, strict=True)
-        ]
+        server = self._servers[cell.variant]
+        round_ = prepare(self._plan, number, f"{self._start}-{number}-{cell.name}", cell.sampling)
         if cell.hooks != self._hooks[cell.variant]:
             server.switch(cell.hooks)
             self._hooks[cell.variant] = cell.hooks
         cpu, exported = server.cpu(), server.exported()
-        done = load.drive(server.port, messages, plan.concurrency)
+        done = load.drive(server.port, round_.messages, self._plan.concurrency)
         time.sleep(SETTLE_S)
-        self._sampled[cell.variant] += sum(flags)
-        if done.tokens != sum(request.max_tokens for request in asked):
+        self._sampled[cell.variant] += round_.sampled
+        if done.tokens != round_.tokens:
             sys.exit(f"{cell.variant.name} made {done.tokens} tokens, not those asked for; its log: {server.log}")
         return Sample(
             cell,
             self._start,
             number,
             done,
-            sum(flags),
+            round_.sampled,
             server.cpu().since(cpu),
             server.exported().since(exported),
         )
