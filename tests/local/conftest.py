@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from commands import llmtrace
 
@@ -21,7 +23,7 @@ LAST = (
     "test_conformance.py",
 )
 """The walkthrough leaves the last scenario's topology, which its tests go on with; conformance looks at everything that
-the others left in the store.
+these tests left in the store.
 """
 
 
@@ -33,6 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 1 + LAST.index(name) if item.path.parent.name == "local" and name in LAST else 0
 
     items.sort(key=rank)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def began() -> float:
+    """When the first of these tests began, in seconds since the epoch: what the store had before is not theirs."""
+    return time.time()
 
 
 @pytest.fixture(scope="module")
