@@ -7,6 +7,7 @@ import time
 import pytest
 from commands import llmtrace
 
+from llmtrace.scenarios.autoscaling import SCENARIO as AUTOSCALING
 from llmtrace.scenarios.pd_disaggregation import SCENARIO as PD
 from llmtrace.stack import Stack
 
@@ -17,6 +18,7 @@ LAST = (
     "test_walkthrough.py",
     "test_autoscaling.py",
     "test_dashboards_autoscaling.py",
+    "test_autoscaling_faults.py",
     "test_pd_disaggregation.py",
     "test_dashboards_pd.py",
     "test_pd_faults.py",
@@ -46,7 +48,17 @@ def began() -> float:
 @pytest.fixture(scope="module")
 def pd_stack() -> Stack:
     """The running stack with prefill and decode servers; stood up for them if it is not."""
-    if Stack.load().scenario != PD.name:
-        done = llmtrace("up", "-e", f"scenario={PD.name}")
+    return _stack_of(PD.name)
+
+
+@pytest.fixture(scope="module")
+def autoscaling_stack() -> Stack:
+    """The running stack with a scaler; stood up for it if it is not."""
+    return _stack_of(AUTOSCALING.name)
+
+
+def _stack_of(scenario: str) -> Stack:
+    if Stack.load().scenario != scenario:
+        done = llmtrace("up", "-e", f"scenario={scenario}")
         assert done.returncode == 0, done.stdout + done.stderr
     return Stack.load()
