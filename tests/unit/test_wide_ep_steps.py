@@ -1,0 +1,101 @@
+"""What the wide-ep analysis makes of steps whose truth is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from example_steps import ATTENTION_MS, EXPERTS_MS, OTHER_MS, TRANSFER_MS, step, steps
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmtrace.errors import UserError
+from llmtrace.scenarios.wide_ep.clocks import skews
+from llmtrace.scenarios.wide_ep.experts import expert_load
+from llmtrace.scenarios.wide_ep.steps import expert_tokens, read_steps
+from llmtrace.scenarios.wide_ep.waiting import balance_saving_ms, stragglers, waited
+from llmtrace.semconv import attributes as a
+from llmtrace.traces.model import Trace
+
+DELAY_MS = 20.0
+
+
+def test_columns() -> None:
+    found = read_steps(steps(3, 16))
+    assert (found.count, len(found.rank), found.nodes, found.partial) == (3, 48, ("node-0", "node-1"), 0)
+    assert found.sizes.tolist() == [16, 16, 16]
+    assert found.rank.tolist() == [*range(16)] * 3
+    assert found.node.tolist() == [0] * 8 + [1] * 8 + [0] * 8 + [1] * 8 + [0] * 8 + [1] * 8
+    assert found.phases[0].tolist() == [ATTENTION_MS, TRANSFER_MS, EXPERTS_MS, TRANSFER_MS, 0.0]
+    assert found.other == pytest.approx(np.full(48, OTHER_MS), abs=1e-5)
+    assert set(found.tokens.tolist()) == {4}
+
+
+@pytest.mark.parametrize("slow", ["attention", "experts", "other"])
+def test_a_slow_rank_is_named_with_its_delay_and_its_phase(slow: str) -> None:
+    usual = {"attention": ATTENTION_MS, "experts": EXPERTS_MS, "other": OTHER_MS}[slow]
+    found = read_steps(steps(10, 16, **{f"{slow}_ms": {11: usual + DELAY_MS}}))
+    (straggler,) = stragglers(found)
+    assert (straggler.rank, straggler.node, straggler.steps, straggler.share) == (11, "node-1", 10, 1.0)
+    assert straggler.phase == slow
+    assert straggler.delay_ms == pytest.approx(DELAY_MS)
+    assert straggler.total_ms == pytest.approx(10 * DELAY_MS)
+
+
+def test_two_slow_ranks_each_with_its_steps() -> None:
+    mixed = [step(n, 4, experts_ms={n % 3 % 2 + 1: EXPERTS_MS + DELAY_MS}) for n in range(9)]
+    first, second = stragglers(read_steps(mixed))
+    assert [(s.rank, s.steps) for s in (first, second)] == [(1, 6), (2, 3)]
+
+
+def test_one_rank_waits_for_nobody() -> None:
+    found = read_steps(steps(3, 1))
+    assert stragglers(found) == []
+    assert waited(found).tolist() == [0.0] * 3
+
+
+@given(st.lists(st.floats(0.1, 50), min_size=2, max_size=8))
+def test_waiting_is_the_distance_to_the_last(work: list[float]) -> None:
+    found = read_steps([step(0, len(work), experts_ms=dict(enumerate(work)))])
+    assert waited(found) == pytest.approx([max(work) - w for w in work], abs=1e-9)
+    assert balance_saving_ms(found) == pytest.approx(max(work) - sum(work) / len(work), abs=1e-9)
+
+
+def test_a_step_that_lacks_a_rank_or_has_one_twice_is_left_out_and_counted() -> None:
+    whole = step(0, 4)
+    missing = Trace("b" * 32, step(1, 4).spans[:3])
+    again = step(2, 4).spans
+    twice = Trace("c" * 32, (*again[:3], replace(again[0], span_id="f" * 16)))
+    silent = [replace(s, attributes={k: v for k, v in s.attributes.items() if k != a.STEP_WAIT}) for s in again]
+    found = read_steps([whole, missing, twice, Trace("d" * 32, tuple(silent)), Trace("e" * 32, ())])
+    assert (found.count, found.partial) == (1, 3)
+    with pytest.raises(UserError, match="engine_step"):
+        read_steps([missing])
+
+
+def test_skewed_experts_are_reported_with_their_shares() -> None:
+    load = expert_load(expert_tokens(steps(5, 2, tokens=[10, 0, 70, 20])))
+    assert load is not None
+    assert (load.experts, load.tokens, load.top[:2]) == (4, 1000, [2, 3])
+    assert load.shares[:2] == [0.7, 0.2]
+    assert load.max_over_mean == pytest.approx(2.8)
+    assert 0 < load.entropy < 1
+
+
+def test_even_and_no_experts() -> None:
+    even = expert_load(np.full(8, 5))
+    assert even is not None
+    assert (even.max_over_mean, even.entropy) == pytest.approx((1.0, 1.0))
+    assert expert_load(expert_tokens(steps(2, 2))) is None
+
+
+@pytest.mark.parametrize("ahead_ms", [25.0, -3.0])
+def test_a_skewed_clock_is_told_and_changes_nothing_else(ahead_ms: float) -> None:
+    found = read_steps(steps(20, 24, clock_ms={1: ahead_ms}, experts_ms={11: EXPERTS_MS + DELAY_MS}))
+    one, two = skews(found)
+    assert (one.node, one.reference, one.told, one.steps) == ("node-1", "node-0", True, 20)
+    assert one.skew_ms == pytest.approx(ahead_ms)
+    assert (two.node, two.told) == ("node-2", False)
+    (straggler,) = stragglers(found)
+    assert (straggler.rank, straggler.delay_ms) == (11, pytest.approx(DELAY_MS))
