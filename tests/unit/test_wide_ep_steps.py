@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from llmtrace.errors import UserError
 from llmtrace.scenarios.wide_ep.clocks import skews
 from llmtrace.scenarios.wide_ep.experts import expert_load
-from llmtrace.scenarios.wide_ep.steps import expert_tokens, read_steps
+from llmtrace.scenarios.wide_ep.steps import read_steps
+from llmtrace.scenarios.wide_ep.verify import step_faults
 from llmtrace.scenarios.wide_ep.waiting import balance_saving_ms, stragglers, waited
 from llmtrace.semconv import attributes as a
 from llmtrace.traces.model import Trace
@@ -75,7 +76,7 @@ def test_a_step_that_lacks_a_rank_or_has_one_twice_is_left_out_and_counted() -> 
 
 
 def test_skewed_experts_are_reported_with_their_shares() -> None:
-    load = expert_load(expert_tokens(steps(5, 2, tokens=[10, 0, 70, 20])))
+    load = expert_load(read_steps(steps(5, 2, tokens=[10, 0, 70, 20])).expert_tokens)
     assert load is not None
     assert (load.experts, load.tokens, load.top[:2]) == (4, 1000, [2, 3])
     assert load.shares[:2] == [0.7, 0.2]
@@ -87,7 +88,7 @@ def test_even_and_no_experts() -> None:
     even = expert_load(np.full(8, 5))
     assert even is not None
     assert (even.max_over_mean, even.entropy) == pytest.approx((1.0, 1.0))
-    assert expert_load(expert_tokens(steps(2, 2))) is None
+    assert expert_load(read_steps(steps(2, 2)).expert_tokens) is None
 
 
 @pytest.mark.parametrize("ahead_ms", [25.0, -3.0])
@@ -99,3 +100,21 @@ def test_a_skewed_clock_is_told_and_changes_nothing_else(ahead_ms: float) -> Non
     assert (two.node, two.told) == ("node-2", False)
     (straggler,) = stragglers(found)
     assert (straggler.rank, straggler.delay_ms) == (11, pytest.approx(DELAY_MS))
+
+
+def test_a_good_step_has_no_fault() -> None:
+    assert step_faults(step(0, 4)) == []
+    assert step_faults(Trace("e" * 32, ())) == []
+
+
+def test_the_faults_of_a_step_are_named() -> None:
+    good = step(0, 4).spans
+    (missing,) = step_faults(Trace("a" * 32, (good[0], good[3])))
+    assert missing == "4 ranks stepped, and these sent no span: 1, 2"
+    (twice,) = step_faults(Trace("a" * 32, (*good, replace(good[2], span_id="f" * 16))))
+    assert twice == "rank 2 sent 2 spans"
+    long = replace(good[1], attributes={**good[1].attributes, a.STEP_EXPERTS: 100.0})
+    (more,) = step_faults(Trace("a" * 32, (good[0], long, *good[2:])))
+    assert more == "the phases of rank 1 take 105.0 ms, its step 12.0 ms"
+    silent = replace(good[1], attributes={k: v for k, v in good[1].attributes.items() if k != a.STEP_WAIT})
+    assert step_faults(Trace("a" * 32, (good[0], silent, *good[2:]))) == [f"rank 1 does not say {a.STEP_WAIT}"]

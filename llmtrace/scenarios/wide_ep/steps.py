@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from llmtrace.errors import UserError
 from llmtrace.scenarios.facts import integer, items, text
 from llmtrace.semconv import attributes as a
-from llmtrace.traces.model import Attributes, Span, Trace
+from llmtrace.traces.model import Attributes, AttributeValue, Span, Trace
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -32,7 +32,8 @@ class Steps:
 
     ``starts`` are the first rows of the steps. ``phases`` is rows by :data:`PHASES`, milliseconds. ``node`` is an index
     into ``nodes``, which are in order of name. ``partial`` counts the steps that were left out because a rank's span is
-    not there, or there twice, or does not say how long its phases were.
+    not there, or there twice, or does not say how long its phases were. ``expert_tokens`` are what each expert got
+    from all ranks, over the whole steps that say so; empty where none does.
     """
 
     starts: Integers
@@ -45,6 +46,7 @@ class Steps:
     dummy: NDArray[np.bool_]
     nodes: tuple[str, ...]
     partial: int
+    expert_tokens: Integers
 
     @property
     def count(self) -> int:
@@ -78,6 +80,7 @@ def read_steps(traces: Iterable[Trace]) -> Steps:
     start_ns, end_ns, phases = array("q"), array("q"), array("d")
     nodes: dict[str, int] = {}
     partial = 0
+    expert_tokens = np.zeros(0, dtype=np.int64)
     for trace in traces:
         spans = [span for span in trace.spans if span.name == a.STEP_SPAN]
         if not spans:
@@ -95,6 +98,7 @@ def read_steps(traces: Iterable[Trace]) -> Steps:
         tokens.extend([_tokens(t) for t in told])
         for t in told:
             phases.extend(cast("list[float]", [t[name] for name in ATTRIBUTES]))
+            expert_tokens = _added(expert_tokens, items(t.get(a.EXPERT_TOKENS)))
     if not starts:
         raise UserError(
             "no trace has an engine_step span of every rank: does every rank's model server have llmtrace, "
@@ -113,6 +117,7 @@ def read_steps(traces: Iterable[Trace]) -> Steps:
         dummy=np.frombuffer(dummy, dtype=np.int8).astype(np.bool_),
         nodes=tuple(named),
         partial=partial,
+        expert_tokens=expert_tokens,
     )
 
 
@@ -130,16 +135,10 @@ def _tokens(told: Attributes) -> int:
     return (integer(told.get(a.STEP_PREFILL_TOKENS)) or 0) + (integer(told.get(a.STEP_DECODE_TOKENS)) or 0)
 
 
-def expert_tokens(traces: Iterable[Trace]) -> Integers:
-    """Tokens that each expert got from all ranks, over all steps that say so; empty where none does."""
-    total = np.zeros(0, dtype=np.int64)
-    for trace in traces:
-        for span in trace.spans:
-            counts = items(span.attributes.get(a.EXPERT_TOKENS)) if span.name == a.STEP_SPAN else ()
-            if not counts:
-                continue
-            found = np.asarray(counts, dtype=np.int64)
-            if len(found) > len(total):
-                total = np.pad(total, (0, len(found) - len(total)))
-            total[: len(found)] += found
-    return total
+def _added(total: Integers, counts: Sequence[AttributeValue]) -> Integers:
+    """The sum of two counts of tokens by expert, of which one may know fewer experts."""
+    if not counts:
+        return total
+    found = np.asarray(counts, dtype=np.int64)
+    size = max(len(total), len(found))
+    return np.pad(total, (0, size - len(total))) + np.pad(found, (0, size - len(found)))
