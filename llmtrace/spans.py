@@ -135,7 +135,7 @@ class Span:
             message.links.add(
                 trace_id=link.trace_id.to_bytes(16, "big"),
                 span_id=link.span_id.to_bytes(8, "big"),
-                flags=link.trace_flags | _HAS_IS_REMOTE | (_IS_REMOTE if link.is_remote else 0),
+                flags=_HAS_IS_REMOTE | (_IS_REMOTE if link.is_remote else 0),
             )
         if self._error is not None:
             _encode_error(message, *self._error)

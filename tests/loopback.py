@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -19,6 +18,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 
+from bench.processes import free_ports
 from llmtrace.traces import otlp
 from llmtrace.traces.model import Span, Trace
 
@@ -26,26 +26,18 @@ WAIT_S = 10.0
 POLL_S = 0.02
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody uses."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for sock in sockets:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in sockets]
-
-
 def free_port() -> int:
     return free_ports(1)[0]
 
 
-def until(condition: Callable[[], Any], what: str, timeout_s: float = WAIT_S, *, poll_s: float = POLL_S) -> None:
-    """Wait for ``condition``; the test fails, naming ``what``, if it does not come."""
+def until(condition: Callable[[], Any], what: str, timeout_s: float = WAIT_S, *, poll_s: float = POLL_S) -> Any:
+    """Wait for ``condition`` and return what it gives; the test fails, naming ``what``, if it does not come."""
     deadline = time.monotonic() + timeout_s
-    while not condition():
+    while not (found := condition()):
         if time.monotonic() > deadline:
             pytest.fail(f"waited {timeout_s} s for {what}")
         time.sleep(poll_s)
+    return found
 
 
 def sample_sum(page: str, name: str, /, **labels: str) -> float:

@@ -140,10 +140,11 @@ class Exchange:
         parent = remote_parent(self._metadata, headers)
         self._span = span = self._services.gateway.start(a.GATEWAY_SPAN, parent, SpanKind.SERVER)
         span.attributes[a.REQUEST_ID] = request_id
-        # The gateway began a new trace, and tells the caller's.
-        caller = remote_parent({"traceparent": headers.get(a.CALLER_HEADER, "")})
-        if caller and caller.trace_id != span.context.trace_id:
-            span.links = (caller,)
+        if (told := headers.get(a.CALLER_HEADER)) is not None:
+            # The gateway began a new trace, and tells the caller's.
+            caller = remote_parent({"traceparent": told})
+            if caller and caller.trace_id != span.context.trace_id:
+                span.links = (caller,)
         if not message.request_headers.end_of_stream:
             return []
         # Without a body there is nothing to schedule by: any endpoint will do.

@@ -8,8 +8,6 @@ starts again what a test kills.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -25,23 +23,25 @@ import psutil
 import pytest
 from engine_servers import in_trace, new_trace_id
 from loopback import free_port, sample_sum, until
+from stored import trace_of
 
+from bench.processes import process
 from llmtrace.deploy import health
 from llmtrace.deploy.supervisor import Supervisor
 from llmtrace.semconv import attributes as names
 from llmtrace.stack import Server, Stack
 from llmtrace.traces.model import Span, Trace
-from llmtrace.traces.tempo import TempoClient
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
 CLIENT_S = 60.0
 """A client that waits longer has been left hanging."""
 RECOVERY_S = 300.0
-SPANS_S = 30.0
 ALWAYS, NEVER = "always-split", "never-split"
 PREFILL = "prefill-0"
 DECODERS = ("decode-0", "decode-1")
+SIDECAR = names.SIDECAR_SERVICE
+SIDECAR_SPAN = f"{names.SIDECAR_SPAN_PREFIX}POST /v1/chat/completions"
 LONG = 2_500
 """Prompt tokens of which a server needs more than a second for the prefill."""
 SHORT = 300
@@ -118,22 +118,22 @@ def metric(stack: Stack, name: str, metric: str) -> float:
     return sample_sum(page, f"vllm:{metric}")
 
 
-def family(stack: Stack, process: str) -> list[psutil.Process]:
+def family(stack: Stack, name: str) -> list[psutil.Process]:
     """A supervised process and all below it."""
-    (pid,) = [each.pid for each in Supervisor(stack.supervisor_socket).processes() if each.name == process]
+    (pid,) = [each.pid for each in Supervisor(stack.supervisor_socket).processes() if each.name == name]
     parent = psutil.Process(pid)
     return [parent, *parent.children(recursive=True)]
 
 
-def kill(stack: Stack, process: str) -> None:
+def kill(stack: Stack, name: str) -> None:
     """End it at once, with all its processes."""
-    for each in family(stack, process):
+    for each in family(stack, name):
         each.kill()
 
 
 @contextmanager
-def suspended(stack: Stack, *processes: str) -> Iterator[None]:
-    found = [each for process in processes for each in family(stack, process)]
+def suspended(stack: Stack, *supervised: str) -> Iterator[None]:
+    found = [each for name in supervised for each in family(stack, name)]
     for each in found:
         each.suspend()
     try:
@@ -145,27 +145,11 @@ def suspended(stack: Stack, *processes: str) -> Iterator[None]:
 
 def serving_decoder(stack: Stack) -> str:
     """The decode server that has a request."""
-    found: list[str] = []
 
-    def some() -> bool:
-        found[:] = [name for name in DECODERS if metric(stack, name, "num_requests_running")]
-        return bool(found)
+    def running() -> list[str]:
+        return [name for name in DECODERS if metric(stack, name, "num_requests_running")]
 
-    until(some, "a decode server that runs the request", CLIENT_S)
-    return found[0]
-
-
-def trace_of(stack: Stack, trace_id: str, *wanted: tuple[str, str]) -> Trace:
-    """The trace, once it has a span of each service and name in ``wanted``."""
-    found: list[Trace] = []
-
-    def there() -> bool:
-        trace = TempoClient(stack.store).trace(trace_id)
-        have = {(span.service, span.name) for span in trace.spans} if trace else set()
-        found[:] = [trace] if trace and have >= set(wanted) else []
-        return bool(found)
-
-    until(there, f"{wanted} in trace {trace_id}", SPANS_S, poll_s=0.2)
+    found: list[str] = until(running, "a decode server that runs the request", CLIENT_S)
     return found[0]
 
 
@@ -175,11 +159,7 @@ def one(trace: Trace, service: str, name: str) -> Span:
 
 
 def sidecar(trace: Trace, name: str) -> Span:
-    return one(trace, names.SIDECAR_SERVICE, name)
-
-
-SIDECAR = names.SIDECAR_SERVICE
-SIDECAR_SPAN = f"{names.SIDECAR_SPAN_PREFIX}POST /v1/chat/completions"
+    return one(trace, SIDECAR, name)
 
 
 def failed_calls(trace: Trace, leg: Span) -> list[Span]:
@@ -187,26 +167,27 @@ def failed_calls(trace: Trace, leg: Span) -> list[Span]:
     return [span for span in trace.children(leg) if span.status == "ERROR"]
 
 
-def recovered(stack: Stack, client: Client) -> None:
-    """Wait until every component answers, and split a request at each decode server."""
-    until(lambda: all(status.ok for status in health.statuses(stack)), "the stack's recovery", RECOVERY_S, poll_s=1)
-    prefill = address(server(stack, PREFILL).url)
+@pytest.fixture(autouse=True)
+def _recovers(pd_stack: Stack, client: Client) -> Iterator[None]:
+    """After each test, wait until every component answers, and split a request at each decode server."""
+    yield
+    until(lambda: all(status.ok for status in health.statuses(pd_stack)), "the stack's recovery", RECOVERY_S, poll_s=1)
+    prefill = address(server(pd_stack, PREFILL).url)
     for name in DECODERS:
-        trace_id, answer = client.ask(sidecar_url(stack, name), tokens=SHORT, prefill=prefill)
+        trace_id, answer = client.ask(sidecar_url(pd_stack, name), tokens=SHORT, prefill=prefill)
         assert answer.result(CLIENT_S).status == httpx.codes.OK
-        trace = trace_of(stack, trace_id, ("vllm", names.KV_LOAD_SPAN))
+        trace = trace_of(pd_stack, trace_id, ("vllm", names.KV_LOAD_SPAN))
         assert one(trace, "vllm", names.KV_LOAD_SPAN).attributes[names.KV_LOAD_FAILED] is False
 
 
 def test_sidecar_that_is_restarted_finishes_its_requests(pd_stack: Stack, client: Client) -> None:
-    trace_id, answer = client.ask(pd_stack.gateways[ALWAYS], tokens=SHORT, answer=100, stream=True)
+    trace_id, answer = client.ask(pd_stack.gateways[ALWAYS], tokens=SHORT, answer=40, stream=True)
     name = serving_decoder(pd_stack)
     Supervisor(pd_stack.supervisor_socket).restart(f"sidecar-{name}")
     outcome = answer.result(CLIENT_S)
     assert (outcome.status, outcome.complete) == (200, True), outcome.text[-500:]
     trace = trace_of(pd_stack, trace_id, (SIDECAR, SIDECAR_SPAN))
     assert {sidecar(trace, span).status for span in (SIDECAR_SPAN, names.FORWARD_SPAN)} == {"UNSET"}
-    recovered(pd_stack, client)
 
 
 def test_sidecar_killed_while_it_streams(pd_stack: Stack, client: Client) -> None:
@@ -218,7 +199,6 @@ def test_sidecar_killed_while_it_streams(pd_stack: Stack, client: Client) -> Non
     # The killed sidecar's spans are lost; Envoy and the model server, which saw it go, tell what happened.
     trace = trace_of(pd_stack, trace_id, ("envoy", "ingress"), ("vllm", names.SERVER_SPAN))
     assert one(trace, "envoy", "ingress").attributes["response_flags"] == "UPE"
-    recovered(pd_stack, client)
 
 
 def test_prefill_server_that_tells_a_wrong_side_channel_host(pd_stack: Stack, client: Client, tmp_path: Path) -> None:
@@ -228,7 +208,6 @@ def test_prefill_server_that_tells_a_wrong_side_channel_host(pd_stack: Stack, cl
         outcome = answer.result(CLIENT_S)
     trace = trace_of(pd_stack, trace_id, (SIDECAR, SIDECAR_SPAN), ("vllm", names.KV_LOAD_SPAN))
     check_failed_load(trace, outcome)
-    recovered(pd_stack, client)
 
 
 def test_prefill_server_killed_while_it_prefills(pd_stack: Stack, client: Client) -> None:
@@ -237,7 +216,7 @@ def test_prefill_server_killed_while_it_prefills(pd_stack: Stack, client: Client
     kill(pd_stack, PREFILL)
     outcome = answer.result(CLIENT_S)
     assert outcome.status == httpx.codes.BAD_GATEWAY, outcome
-    assert json.loads(outcome.text)["error"]["type"] == "BadGateway"
+    assert json.loads(outcome.text)["type"] == "BadGateway"
     trace = trace_of(pd_stack, trace_id, (SIDECAR, SIDECAR_SPAN), ("envoy", "ingress"))
     leg = sidecar(trace, names.PD_PREFILL_SPAN)
     assert (leg.status, len(failed_calls(trace, leg))) == ("ERROR", 1)
@@ -249,7 +228,6 @@ def test_prefill_server_killed_while_it_prefills(pd_stack: Stack, client: Client
     assert next_answer.result(CLIENT_S).status in {200, 502, 503}
     _, unified = client.ask(pd_stack.gateways[NEVER], tokens=SHORT)
     assert unified.result(CLIENT_S).status == httpx.codes.OK
-    recovered(pd_stack, client)
 
 
 def test_prefill_server_killed_between_the_legs_and_decode_server_killed(pd_stack: Stack, client: Client) -> None:
@@ -284,7 +262,6 @@ def test_prefill_server_killed_between_the_legs_and_decode_server_killed(pd_stac
     outcome = refused.result(CLIENT_S)
     assert outcome.status == httpx.codes.SERVICE_UNAVAILABLE
     assert "decode node is not ready" in outcome.text
-    recovered(pd_stack, client)
 
 
 def check_failed_load(trace: Trace, outcome: Outcome) -> None:
@@ -300,7 +277,7 @@ def check_failed_load(trace: Trace, outcome: Outcome) -> None:
 
 @contextmanager
 def misadvertised(url: str) -> Iterator[str]:
-    """Address of a proxy before the prefill server that says in its name that its side channel is somewhere else."""
+    """Address of a proxy before the prefill server that names a side channel at which nobody listens."""
     port = free_port()
 
     class Handler(BaseHTTPRequestHandler):
@@ -309,7 +286,12 @@ def misadvertised(url: str) -> Iterator[str]:
             headers = {name: self.headers[name] for name in ("content-type", "traceparent", "x-request-id")}
             answer = httpx.post(f"{url}{self.path}", content=asked, headers=headers, timeout=CLIENT_S, trust_env=False)
             told = answer.json()
-            told["kv_transfer_params"] |= {"remote_host": "127.0.0.1", "remote_port": port}
+            # A name that is new to the decode server: of an engine that it knows it does not ask the address again.
+            told["kv_transfer_params"] |= {
+                "remote_host": "127.0.0.1",
+                "remote_port": port,
+                "remote_engine_id": new_trace_id(),
+            }
             body = json.dumps(told).encode()
             self.send_response(answer.status_code)
             self.send_header("content-type", "application/json")
@@ -344,25 +326,15 @@ def own_sidecar(stack: Stack, decoder: str, folder: Path) -> Iterator[str]:
         "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
         "OTEL_TRACES_SAMPLER_ARG": "1.0",
     }
-    with (folder / "sidecar.log").open("wb") as log:
-        process = subprocess.Popen(
-            [*command, "--kv-connector=nixlv2", "--secure-proxy=false", "--tracing"],
-            stdout=log,
-            stderr=log,
-            env=os.environ | environment,
-        )
-    url = f"http://127.0.0.1:{port}"
+    log, url = folder / "sidecar.log", f"http://127.0.0.1:{port}"
 
     def ready() -> bool:
-        assert process.poll() is None, (folder / "sidecar.log").read_text()
+        assert sidecar.poll() is None, log.read_text()
         try:
             return httpx.get(f"{url}/health", trust_env=False).status_code == httpx.codes.OK
         except httpx.TransportError:
             return False
 
-    try:
+    with process([*command, "--kv-connector=nixlv2", "--secure-proxy=false", "--tracing"], log, environment) as sidecar:
         until(ready, "the sidecar's start", 30)
         yield url
-    finally:
-        process.terminate()
-        process.wait(30)

@@ -14,11 +14,11 @@ from pathlib import Path
 import httpx
 import pytest
 from deployed import program
-from loopback import free_ports
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from bench.processes import free_ports
 from llmtrace.deploy import playbook
 
 

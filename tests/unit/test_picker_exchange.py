@@ -197,13 +197,13 @@ def test_without_it_under_the_callers(picker: Picker) -> None:
 
 
 def test_a_caller_whose_trace_is_not_continued_is_linked(picker: Picker) -> None:
-    for told in (CLIENT, "garbage", ENVOY):
+    stranger = ("4" * 32, "5" * 16)
+    for told in ("00-{}-{}-01".format(*stranger), "garbage", CLIENT):
         exchange = picker.exchange({"traceparent": ENVOY})
         route(exchange, **{a.CALLER_HEADER: told})
         exchange.close()
     linked = [span.links for span in picker.spans if span.name == a.GATEWAY_SPAN]
-    trace_id, span_id = CLIENT.split("-")[1:3]
-    assert [[(link.trace_id, link.span_id) for link in links] for links in linked] == [[(trace_id, span_id)], [], []]
+    assert [[(link.trace_id, link.span_id) for link in links] for links in linked] == [[stranger], [], []]
 
 
 def test_without_tracing_the_callers_context_goes_on_untouched(tmp_path: Path) -> None:
