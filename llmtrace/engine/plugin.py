@@ -6,13 +6,13 @@ import importlib
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from functools import reduce
 from typing import Any
 
 from llmtrace.engine.collector import Collector
-from llmtrace.engine.compat import HOOKS, Moved, check, is_checked
+from llmtrace.engine.compat import HOOKS, Moved, check, is_checked, owner_of
 from llmtrace.engine.frontend import Frontend
 from llmtrace.engine.hooks import After, Before, Guard, logger, wrap
+from llmtrace.engine.steps import ids
 from llmtrace.engine.switch import switch_on
 
 _COLLECTOR = "_llmtrace_collector"
@@ -39,12 +39,16 @@ class Plugin:
             "do_tracing": (self._tracing, self._traced),
             "process_outputs": (self._processing, None),
             "create_engine_config": (None, self._configured),
+            "init_data_parallel": (None, self._joined),
+            "init_no_data_parallel": (None, self._joined),
+            "engine_dummy_batch": (self._dummy, None),
+            "init_device": (None, self._device_ready),
         }
 
     def _collector(self, scheduler: Any) -> Collector:
         collector: Collector | None = getattr(scheduler, _COLLECTOR, None)
         if collector is None:
-            collector = Collector(scheduler)
+            collector = Collector(scheduler, _batches(scheduler))
             setattr(scheduler, _COLLECTOR, collector)
             # Weakly: neither the guard nor this plugin shall keep a scheduler alive.
             clear = weakref.WeakMethod(collector.clear)
@@ -99,6 +103,29 @@ class Plugin:
     def _configured(self, _state: None, config: Any, arguments: Any, *_args: Any, **_kwargs: Any) -> None:
         switch_on(config, log_stats=not getattr(arguments, "disable_log_stats", False))
 
+    def _joined(self, _state: None, _result: Any, engine: Any, vllm_config: Any, *_args: Any, **_kwargs: Any) -> None:
+        if ids.are_traced(vllm_config):
+            ids.agree(getattr(engine, "dp_store", None))
+
+    def _dummy(self, engine: Any, *_args: Any, **_kwargs: Any) -> None:
+        batches = self._collector(engine.scheduler).batches
+        if batches is not None:
+            batches.dummy()
+
+    def _device_ready(self, _state: None, _result: Any, wrapper: Any, *_args: Any, **_kwargs: Any) -> None:
+        if ids.are_traced(wrapper.vllm_config):
+            from llmtrace.engine.steps.worker import install_steps
+
+            install_steps(wrapper.worker, wrapper.vllm_config)
+
+
+def _batches(scheduler: Any) -> Any:
+    if not ids.are_traced(scheduler.vllm_config):
+        return None
+    from llmtrace.engine.steps.batch import Batches
+
+    return Batches(scheduler)
+
 
 def install() -> None:
     """Wrap what this vLLM has of the table; say once what it lacks. A second call in a process does nothing."""
@@ -117,8 +144,7 @@ def _wrap_all(plugin: Plugin, found: dict[str, Callable[..., object]]) -> None:
     bodies = plugin.bodies()
     for hook in HOOKS:
         if hook.name in found:
-            owner = reduce(getattr, hook.owner.split("."), importlib.import_module(hook.module))
-            wrap(owner, hook.function, plugin.guard, *bodies[hook.name])
+            wrap(owner_of(hook), hook.function, plugin.guard, *bodies[hook.name])
 
 
 def report(version: str, moved: list[Moved]) -> None:

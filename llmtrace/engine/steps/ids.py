@@ -1,0 +1,62 @@
+"""What a step is called: all of it follows from the group, the step's number and the rank.
+
+The group is chosen once per start of the ranks that step together. With data parallelism its name is agreed on through
+the store that vLLM's engine cores already share; the engine core's environment takes it to the workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+GROUP_VARIABLE = "LLMTRACE_STEP_GROUP"
+"""Set here for the workers of an engine core, never by people."""
+EVERY_VARIABLE = "LLMTRACE_STEP_EVERY"
+"""Steps of which one is traced; 0 switches the feature off. The same on all ranks."""
+EVERY_DEFAULT = 64
+_STORE_KEY = "llmtrace/step-group"
+
+
+def every(environment: Mapping[str, str] = os.environ) -> int:
+    """Steps of which one is traced; 0 where none is, or where the variable is no number."""
+    text = environment.get(EVERY_VARIABLE, "").strip()
+    if not text:
+        return EVERY_DEFAULT
+    return int(text) if text.isascii() and text.isdigit() else 0
+
+
+def are_traced(config: Any, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether steps of an engine with this vLLM configuration are traced: a MoE model, and a place for traces."""
+    observability = getattr(config, "observability_config", None)
+    model = getattr(config, "model_config", None)
+    wanted = getattr(observability, "otlp_traces_endpoint", None) is not None and bool(getattr(model, "is_moe", False))
+    return wanted and every(environment) > 0
+
+
+def agree(store: Any | None, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Have the group's name in the environment; ``store`` is torch's, shared by the engine cores, where there is one.
+
+    Waits for no other rank: the first to ask names the group.
+    """
+    name = secrets.token_hex(8)
+    if store is not None:
+        agreed = store.compare_set(_STORE_KEY, "", name)
+        name = agreed.decode() if isinstance(agreed, bytes) else str(agreed)
+    environment[GROUP_VARIABLE] = name
+
+
+def trace_id(group: str, number: int) -> int:
+    """Of the step's trace; never 0."""
+    return _digest(f"{group}/{number}", 16)
+
+
+def span_id(group: str, number: int, rank: int) -> int:
+    """Of a rank's span in it; never 0."""
+    return _digest(f"{group}/{number}/{rank}", 8)
+
+
+def _digest(text: str, size: int) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest()) or 1
