@@ -113,7 +113,7 @@ def answer(
     scenario = scenario_of(name)
     tempo = TempoClient(store or Stack.load().store)
     run_id = run_id or latest_run(tempo, name)
-    found = scenario.answer(run_id, load_run(tempo, run_id))
+    found = scenario.answer(run_id, load_run(tempo, run_id, linked=scenario.linked))
     if html is not None:
         _write(html, scenario.html(found))
     if as_json:

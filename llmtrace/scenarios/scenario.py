@@ -31,11 +31,12 @@ class Scenario(Generic[AnswerT]):
     """One scenario; the commands know no more of it than this.
 
     ``arms`` are the gateways that every request is sent through. ``workload`` makes the workload of given sizes
-    (``blocks``, ``conversations``, ``turns``, ``seed``); ``max_tokens`` and ``concurrency`` are defaults. ``arm_facts``
-    are attributes of each arm's blocks that only the stack's configuration tells. ``complete`` says whether a
-    request's trace has what ``answer`` reads; ``text`` and ``html`` show an answer, ``example`` is the id of a trace of
-    it that is worth a look. Of the smoke test, ``smoke_requests`` are its requests, in order; ``expectation`` is what
-    each trace must have, and ``further`` finds what else is wrong with it, given its arm and the stack.
+    (``blocks``, ``conversations``, ``turns``, ``seed``); ``max_tokens`` and ``concurrency`` are defaults.
+    ``arm_facts`` are attributes of each arm's blocks that only the stack's configuration tells. ``complete`` says
+    whether a request's trace has what ``answer`` reads; ``text`` and ``html`` show an answer, ``example`` is the id
+    of a trace of it that is worth a look. With ``linked``, ``answer`` also gets the traces to which those of the
+    run link. Of the smoke test, ``smoke_requests`` are its requests, in order; ``expectation`` is what each trace
+    must have, and ``further`` finds what else is wrong with it, given its arm and the stack.
     """
 
     name: str
@@ -50,5 +51,6 @@ class Scenario(Generic[AnswerT]):
     further: Callable[[Trace, str, Stack], list[Problem]] = lambda _trace, _arm, _stack: []
     complete: Callable[[Trace], bool] = is_complete
     arm_facts: Callable[[Stack], Mapping[str, Attributes]] = lambda _stack: {}
+    linked: bool = False
     max_tokens: int = 8
     concurrency: int = 2

@@ -39,6 +39,7 @@ def step(
         start = START_NS + number * STEP_NS + round((clock_ms or {}).get(node, 0.0) * 1e6)
         attributes = {
             a.WORLD_RANK: r,
+            a.DP_RANK: r,
             a.NODE: f"node-{node}",
             a.STEP_RANKS: ranks,
             a.STEP_DUMMY: False,

@@ -37,10 +37,14 @@ def test_decode_servers_stand_behind_sidecars() -> None:
     assert [server.endpoint_port for server in (prefill, *decode)] == [18100, 18200, 18201]
 
 
+def test_the_ranks_of_wide_expert_parallelism_are_one_server() -> None:
+    assert model_servers(VARIABLES | {"scenario": "wide-ep"}) == [ModelServer("moe-0", "both", 18100)]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"scenario": "prefix"}, ["no scenario 'prefix'", "prefix-cache or pd-disaggregation"]),
+        ({"scenario": "prefix"}, ["no scenario 'prefix'", "prefix-cache, pd-disaggregation or wide-ep"]),
         ({"vllm_servers": "many"}, ["vllm_servers is 'many'", "whole number"]),
         ({"vllm_servers": 0}, ["vllm_servers is 0"]),
         ({"prefill_servers": 3}, ["prefill_servers is 3 of 3", "no decode server"]),

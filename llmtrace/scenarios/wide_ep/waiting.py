@@ -83,9 +83,14 @@ def _longer(steps: Steps, last: Integers) -> Floats:
     return difference
 
 
-def balance_saving_ms(steps: Steps) -> float:
-    """What all steps together would have been shorter, had every rank computed its experts as long as the mean."""
+def imbalance(steps: Steps) -> Floats:
+    """What each step would have been shorter, had every rank computed its experts as long as the mean; milliseconds."""
     experts = steps.phases[:, EXPERTS]
     slowest = np.maximum.reduceat(experts, steps.starts)
-    mean = np.add.reduceat(experts, steps.starts) / steps.sizes
-    return float((slowest - mean).sum())
+    lost: Floats = slowest - np.add.reduceat(experts, steps.starts) / steps.sizes
+    return lost
+
+
+def balance_saving_ms(steps: Steps) -> float:
+    """The same, of all steps together."""
+    return float(imbalance(steps).sum())
