@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import queue
 import socket
 import threading
@@ -14,7 +15,8 @@ from typing import Any
 
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import IdGenerator, RandomIdGenerator, SpanLimits, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace import SpanLimits, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import Link, SpanContext, TraceFlags
 from opentelemetry.util.types import AttributeValue
@@ -35,6 +37,7 @@ FLUSH_S = 2.0
 MARKS_S = 30.0
 """After which a step whose marks have not come is given up."""
 NODE_VARIABLES = ("LLMTRACE_NODE", "K8S_NODE_NAME", "NODE_NAME")
+_EXPORTERS = "opentelemetry.exporter.otlp.proto"
 _NS_PER_MS = 1_000_000
 _MOST_ATTRIBUTE_ITEMS = 4096
 
@@ -191,9 +194,7 @@ def _context(caller: str) -> SpanContext | None:
 def exporter(endpoint: str, environment: Mapping[str, str]) -> Any:
     """The OTLP exporter that vLLM would make for this endpoint."""
     if environment.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "grpc") == "http/protobuf":
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
-
-        return HttpExporter(endpoint=endpoint)
-    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
-
-    return GrpcExporter(endpoint=endpoint, insecure=True)
+        return importlib.import_module(f"{_EXPORTERS}.http.trace_exporter").OTLPSpanExporter(endpoint=endpoint)
+    return importlib.import_module(f"{_EXPORTERS}.grpc.trace_exporter").OTLPSpanExporter(
+        endpoint=endpoint, insecure=True
+    )

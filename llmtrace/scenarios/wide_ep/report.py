@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 import altair as alt
@@ -86,10 +87,16 @@ def _experts(steps: StepsAnswer) -> alt.Chart:
 
 
 def _map(
-    rows: list[dict[str, object]], y: str, x: str, value: str, order: list[str] | list[int], height: int, title: str
+    rows: Sequence[Mapping[str, object]],
+    y: str,
+    x: str,
+    value: str,
+    order: list[str] | list[int],
+    height: int,
+    title: str,
 ) -> alt.Chart:
     chart: alt.Chart = (
-        alt.Chart(alt.InlineData(values=rows))
+        alt.Chart(alt.InlineData(values=list(rows)))
         .mark_rect()
         .encode(
             x=alt.X(f"{x}:O", sort=order),
