@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +34,8 @@ EXTENSIONS = Path(__file__).with_name("vllm_extensions")
 DELAY_MS = 15.0
 """In each layer."""
 SETTLE_S = 20.0
+QUIET_S = 1.0
+"""Without a further step: nothing runs any more."""
 
 
 class Server(ModelServer):
@@ -67,12 +70,13 @@ class Server(ModelServer):
             gaps = ends != list(range(after + 1, after + 1 + len(ends)))
             return None if not found or gaps or any(len(t.spans) < RANKS for t in found) else found
 
-        last = until(whole, "the spans of every rank in every step", SETTLE_S, poll_s=0.5)
+        last: list[Trace] = []
         while True:
-            again = until(whole, "the spans of every rank in every step", SETTLE_S, poll_s=0.5)
-            if len(again) == len(last):
-                return list(again)
-            last = again
+            found: list[Trace] = until(whole, "the spans of every rank in every step", SETTLE_S, poll_s=0.5)
+            if len(found) == len(last):
+                return found
+            last = found
+            time.sleep(QUIET_S)
 
     def ask(self, name: str) -> tuple[list[str], np.ndarray[Any, Any]]:
         """Requests at once, each in a trace of its own: the traces, and the tokens of each expert by vLLM's account."""
