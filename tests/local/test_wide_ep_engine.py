@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from engine_servers import CHECKOUT, ModelServer, new_trace_id, serving, tiny_model
 from loopback import Receiver, receiving, until
 
-from bench.tiny_model_kinds import EVEN, EXPERTS, ODD
+from bench.tiny_model_kinds import CHOICES, EVEN, ODD
 from llmtrace.scenarios.wide_ep.experts import expert_load
-from llmtrace.scenarios.wide_ep.steps import Steps, read_steps
+from llmtrace.scenarios.wide_ep.steps import Integers, Steps, read_steps
 from llmtrace.scenarios.wide_ep.verify import step_faults
 from llmtrace.scenarios.wide_ep.waiting import stragglers
 from llmtrace.semconv import attributes as a
@@ -39,19 +36,19 @@ QUIET_S = 1.0
 
 
 class Server(ModelServer):
-    """A mixture of experts on two ranks, each step traced, that says which experts its tokens went to."""
+    """A mixture of experts on two ranks, each step traced, with the extension that tells which experts vLLM chose."""
 
     def __init__(self, folder: Path, receiver: Receiver, *arguments: str, kind: str, engines: int) -> None:
-        self.slow = folder / "slow"
+        self.folder = folder
         self.receiver = receiver
         super().__init__(
             folder,
             receiver,
-            *("--enable-expert-parallel", "--enable-return-routed-experts", "--max-model-len", "1024"),
-            *("--worker-extension-cls", "slow_rank.SlowRank", *arguments),
+            *("--enable-expert-parallel", "--max-model-len", "1024"),
+            *("--worker-extension-cls", "watched_ranks.WatchedRanks", *arguments),
             engines=engines,
             path=(SHIM, EXTENSIONS),
-            environment={"LLMTRACE_STEP_EVERY": "1", "SLOW_RANK_FILE": str(self.slow)},
+            environment={"LLMTRACE_STEP_EVERY": "1", "WATCHED_RANKS_FOLDER": str(folder)},
             model=tiny_model(kind),
         )
 
@@ -78,24 +75,23 @@ class Server(ModelServer):
             last = found
             time.sleep(QUIET_S)
 
-    def ask(self, name: str) -> tuple[list[str], np.ndarray[Any, Any]]:
-        """Requests at once, each in a trace of its own: the traces, and the tokens of each expert by vLLM's account."""
+    def ask(self, name: str) -> list[str]:
+        """Requests at once, each in a trace of its own."""
         ids = [new_trace_id() for _ in range(REQUESTS)]
+
+        def one(n: int) -> None:
+            prompt = f"{name} {n} " * (4 + n)
+            self.complete(ids[n], prompt=prompt, max_tokens=TOKENS, ignore_eos=True).raise_for_status()
+
         with ThreadPoolExecutor(REQUESTS) as pool:
-            answers = list(
-                pool.map(
-                    lambda n: self.complete(
-                        ids[n], prompt=f"{name} {n} " * (4 + n), max_tokens=TOKENS, ignore_eos=True
-                    ).raise_for_status(),
-                    range(REQUESTS),
-                )
-            )
-        counts = np.zeros(EXPERTS, dtype=np.int64)
-        for answer in answers:
-            (choice,) = answer.json()["choices"]
-            routed = np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])))
-            counts += np.bincount(routed.reshape(-1), minlength=EXPERTS)
-        return ids, counts
+            list(pool.map(one, range(REQUESTS)))
+        return ids
+
+    def routed(self, *ranks: int) -> Integers:
+        """Tokens of each expert since the start, by vLLM's account on these ranks."""
+        found = [np.fromfile(self.folder / f"routed-{rank}", dtype=np.int64) for rank in ranks]
+        total: Integers = np.sum(found, axis=0)
+        return total
 
 
 def number(step: Trace) -> int:
@@ -123,13 +119,15 @@ def data_parallel(receiver: Receiver, tmp_path_factory: pytest.TempPathFactory) 
 
 def test_steps_of_two_data_parallel_ranks(data_parallel: Server, receiver: Receiver) -> None:
     before = number(data_parallel.settled(0)[-1])
-    ids, routed = data_parallel.ask("steps")
+    already = data_parallel.routed(*range(RANKS))
+    ids = data_parallel.ask("steps")
     traces = data_parallel.settled(before)
+    routed = data_parallel.routed(*range(RANKS)) - already
     assert [fault for trace in traces for fault in step_faults(trace)] == []
     steps = read_steps(traces)
     assert (steps.partial, set(steps.rank.tolist())) == (0, {0, 1})
     assert steps.expert_tokens.tolist() == routed.tolist()
-    assert steps.tokens.sum() * LAYERS * 2 == routed.sum()
+    assert steps.tokens.sum() * LAYERS * CHOICES == routed.sum()
     check_links(traces, ids, receiver)
     assert check([*traces, *map(receiver.trace, ids)]).findings == []
 
@@ -153,12 +151,13 @@ def check_links(traces: list[Trace], ids: list[str], receiver: Receiver) -> None
 
 def test_a_rank_slowed_on_purpose_is_named_with_its_delay(data_parallel: Server) -> None:
     usual = stragglers(measured(data_parallel, "usual"))
+    slow = data_parallel.folder / "slow"
     for rank in range(RANKS):
-        data_parallel.slow.write_text(f"{rank} {DELAY_MS}")
+        slow.write_text(f"{rank} {DELAY_MS}")
         try:
             first = stragglers(measured(data_parallel, f"slow {rank}"))[0]
         finally:
-            data_parallel.slow.unlink()
+            slow.unlink()
         assert (first.rank, first.phase) == (rank, "experts"), (first, usual)
         assert first.share > 0.9
         assert LAYERS * DELAY_MS * 0.7 < first.delay_ms < LAYERS * DELAY_MS * 1.5
@@ -176,8 +175,10 @@ def test_a_skewed_router_of_two_tensor_parallel_ranks(receiver: Receiver, tmp_pa
         server = Server(tmp_path, own, *arguments, kind="skewed", engines=1)
         with serving(server):
             before = number(server.settled(0)[-1])
-            ids, routed = server.ask("skew")
+            already = server.routed(0)
+            ids = server.ask("skew")
             traces = server.settled(before)
+            routed = server.routed(0) - already  # both ranks route the same tokens
             check_links(traces, ids, own)
     assert [fault for trace in traces for fault in step_faults(trace)] == []
     steps = read_steps(traces)
