@@ -147,23 +147,14 @@ HOOKS = (
         "switching on by OTEL_* variables alone; --otlp-traces-endpoint still does",
     ),
     Hook(
-        "init_data_parallel",
+        "engine_add_request",
         _ENGINE_CORE,
-        "DPEngineCoreProc",
-        "_init_data_parallel",
-        ("vllm_config",),
-        "Runs once, before the workers start, and makes the store that the data-parallel engine cores share: the group "
-        "of ranks agrees on its name there, without waiting for anybody, and the workers inherit it.",
-        "the steps of ranks that had no request since the start",
-    ),
-    Hook(
-        "init_no_data_parallel",
-        _ENGINE_CORE,
-        "EngineCoreProc",
-        "_init_data_parallel",
-        ("vllm_config",),
-        "The same, of an engine core that is alone.",
-        "the steps of ranks that had no request since the start",
+        "EngineCore",
+        "add_request",
+        ("request",),
+        "Has the engine core before its scheduler has the request, and with it the store that the data-parallel engine "
+        "cores share: there the group of ranks agrees on its name, once, without waiting for anybody.",
+        "steps of all data-parallel ranks in one trace",
     ),
     Hook(
         "engine_dummy_batch",
@@ -172,7 +163,7 @@ HOOKS = (
         "execute_dummy_batch",
         (),
         "A forward pass without requests, because other data-parallel ranks have some. Counted, so that a step has the "
-        "same number on all ranks; only engines of mixture-of-experts models call it.",
+        "same number on all ranks; only engines of mixture-of-experts models call it. May come before any request.",
         "steps with the same number on all ranks",
     ),
     Hook(

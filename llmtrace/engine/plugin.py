@@ -39,8 +39,7 @@ class Plugin:
             "do_tracing": (self._tracing, self._traced),
             "process_outputs": (self._processing, None),
             "create_engine_config": (None, self._configured),
-            "init_data_parallel": (None, self._joined),
-            "init_no_data_parallel": (None, self._joined),
+            "engine_add_request": (self._joining, None),
             "engine_dummy_batch": (self._dummy, None),
             "init_device": (None, self._device_ready),
         }
@@ -103,13 +102,15 @@ class Plugin:
     def _configured(self, _state: None, config: Any, arguments: Any, *_args: Any, **_kwargs: Any) -> None:
         switch_on(config, log_stats=not getattr(arguments, "disable_log_stats", False))
 
-    def _joined(self, _state: None, _result: Any, engine: Any, vllm_config: Any, *_args: Any, **_kwargs: Any) -> None:
-        if ids.are_traced(vllm_config):
-            ids.agree(getattr(engine, "dp_store", None))
+    def _joining(self, engine: Any, *_args: Any, **_kwargs: Any) -> None:
+        batches = self._collector(engine.scheduler).batches
+        if batches is not None:
+            batches.join(engine)
 
     def _dummy(self, engine: Any, *_args: Any, **_kwargs: Any) -> None:
         batches = self._collector(engine.scheduler).batches
         if batches is not None:
+            batches.join(engine)
             batches.dummy()
 
     def _device_ready(self, _state: None, _result: Any, wrapper: Any, *_args: Any, **_kwargs: Any) -> None:

@@ -28,7 +28,12 @@ from llmtrace.engine.steps.worker import StepWorker, is_wanted, rank_of
 from llmtrace.semconv import attributes as names
 
 RANK = Rank(world=1, ranks=2, dp=1, tp=0, ep=1, node="node-a", all2all="deepep_low_latency")
-EVERY_STEP = {ids.EVERY_VARIABLE: "1", ids.GROUP_VARIABLE: "g"}
+
+
+@pytest.fixture(autouse=True)
+def _no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a test leaves in the environment is taken away again."""
+    monkeypatch.setenv(ids.GROUP_VARIABLE, "")
 
 
 class Clock:
@@ -70,6 +75,25 @@ def moe_scheduler(**requests: Request) -> Scheduler:
     return scheduler
 
 
+class Store:
+    """torch.distributed.Store: set only if it is what was expected, the empty string where it is not set."""
+
+    def __init__(self, **values: bytes) -> None:
+        self.values = values
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        if self.values.get(key, b"") == expected.encode():
+            self.values[key] = desired.encode()
+        return self.values[key]
+
+
+def joined(scheduler: Scheduler, every: str = "1") -> Batches:
+    """Of an engine that comes second: its group has the name ``g``."""
+    batches = Batches(scheduler, {ids.EVERY_VARIABLE: every})
+    batches.join(SimpleNamespace(dp_store=Store(**{"llmtrace/step-group": b"g"})))
+    return batches
+
+
 def scheduled(batches: Batches, tokens: dict[str, int]) -> Any:
     step = Step(tokens)
     batches.scheduled(step)
@@ -88,23 +112,11 @@ def test_ids_follow_from_group_number_and_rank() -> None:
 
 
 def test_ranks_agree_on_their_group_and_another_start_is_another_group() -> None:
-    class Store:
-        """torch.distributed.Store: set only if it is what was expected, the empty string where it is not set."""
-
-        def __init__(self) -> None:
-            self.values: dict[str, bytes] = {}
-
-        def compare_set(self, key: str, expected: str, desired: str) -> bytes:
-            if self.values.get(key, b"") == expected.encode():
-                self.values[key] = desired.encode()
-            return self.values[key]
-
     one: dict[str, str] = {}
     two: dict[str, str] = {}
     later: dict[str, str] = {}
     store = Store()
-    ids.agree(store, one)
-    ids.agree(store, two)
+    assert ids.agree(store, one) == ids.agree(store, two)
     ids.agree(Store(), later)
     assert one == two != later
     ids.agree(None, one)
@@ -132,7 +144,7 @@ def test_nothing_is_traced_of_other_models_and_without_a_place_for_traces() -> N
 
 def test_forward_passes_are_counted_and_told() -> None:
     a = Request("a", num_prompt_tokens=10, num_computed_tokens=10)
-    batches = Batches(moe_scheduler(a=a), EVERY_STEP)
+    batches = joined(moe_scheduler(a=a))
     assert batch_of(scheduled(batches, {})) is None
     assert batch_of(scheduled(batches, {"a": 10})) is not None
     batches.dummy()
@@ -145,7 +157,7 @@ def test_a_batch_is_described() -> None:
     long = Request("long", num_prompt_tokens=100, num_computed_tokens=60)  # its second chunk
     done = Request("done", {"traceparent": UNSAMPLED}, num_prompt_tokens=20, num_computed_tokens=25)
     plain = Request("plain", None, num_prompt_tokens=5, num_computed_tokens=9)
-    batches = Batches(moe_scheduler(long=long, done=done, plain=plain), EVERY_STEP)
+    batches = joined(moe_scheduler(long=long, done=done, plain=plain))
     found = batch_of(scheduled(batches, {"long": 30, "done": 1, "plain": 3}))
     assert found == Batch("g", 1, True, False, 1, 30, 2, 4, 94, 3, (SAMPLED,))
     assert found.tokens == 34
@@ -153,14 +165,34 @@ def test_a_batch_is_described() -> None:
 
 def test_what_travels_is_plain() -> None:
     """A worker without the plugin must be able to unpickle it."""
-    batches = Batches(moe_scheduler(a=Request("a")), EVERY_STEP)
+    batches = joined(moe_scheduler(a=Request("a")))
     told = getattr(scheduled(batches, {"a": 1}), ATTRIBUTE)
     assert type(told) is tuple
     assert {type(value) for value in told} <= {str, int, bool, tuple}
 
 
+def test_an_engine_joins_once_with_its_first_request_or_dummy_pass() -> None:
+    plugin = Plugin()
+    store = Store()
+    engines = [SimpleNamespace(scheduler=moe_scheduler(a=Request("a")), dp_store=store) for _ in range(2)]
+    plugin._joining(engines[0])
+    plugin._dummy(engines[1])
+    one, two = (plugin._collector(engine.scheduler).batches for engine in engines)
+    assert one is not None
+    assert two is not None
+    assert one.group == two.group != ""
+    store.values.clear()
+    plugin._joining(engines[0])
+    assert one.group == two.group
+
+
+def test_without_a_name_of_the_group_nothing_is_told() -> None:
+    batches = Batches(moe_scheduler(a=Request("a")), {ids.EVERY_VARIABLE: "1"})
+    assert batch_of(scheduled(batches, {"a": 1})) is None
+
+
 def test_one_in_n_steps_is_traced_and_the_others_have_their_number() -> None:
-    batches = Batches(moe_scheduler(a=Request("a")), {ids.EVERY_VARIABLE: "3"})
+    batches = joined(moe_scheduler(a=Request("a")), "3")
     found = [batch_of(scheduled(batches, {"a": 1})) for _ in range(7)]
     assert [b.number for b in found if b] == [1, 2, 3, 4, 5, 6, 7]
     assert [b.number for b in found if b and b.traced] == [3, 6]
@@ -169,7 +201,7 @@ def test_one_in_n_steps_is_traced_and_the_others_have_their_number() -> None:
 def test_requests_know_their_steps() -> None:
     request = Request("a", num_prompt_tokens=10)
     scheduler = moe_scheduler()
-    batches = Batches(scheduler, EVERY_STEP)
+    batches = joined(scheduler)
     collector = Collector(scheduler, batches)
     scheduler.add_request(request)
     collector.added(request, 0)
@@ -194,6 +226,7 @@ def test_engines_of_other_models_count_nothing() -> None:
     scheduler = Scheduler()
     assert plugin._collector(scheduler).batches is None
     plugin._dummy(SimpleNamespace(scheduler=scheduler))
+    plugin._joining(SimpleNamespace(scheduler=scheduler))
     moe = moe_scheduler()
     plugin._dummy(SimpleNamespace(scheduler=moe))
     assert plugin._collector(moe).batches is not None
@@ -213,11 +246,11 @@ class World:
         self.counts = Counts()
         self.monkey = pytest.MonkeyPatch()
         self.monkey.setenv(ids.EVERY_VARIABLE, every)
-        self.monkey.setenv(ids.GROUP_VARIABLE, group)
         sender = SimpleNamespace(send=self.sent.append)
         self.recorder = Recorder(self.clock)
         self.steps = StepWorker(self.recorder, sender, self.counts)  # type: ignore[arg-type]
         self.monkey.undo()
+        self.steps._environment = {ids.GROUP_VARIABLE: group}  # type: ignore[assignment]
         world = self
 
         class Model:

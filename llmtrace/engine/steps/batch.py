@@ -7,13 +7,12 @@ with it, and a worker without this plugin can still read the rest.
 from __future__ import annotations
 
 import os
-import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 from llmtrace.engine.facts import is_sampled
-from llmtrace.engine.steps.ids import GROUP_VARIABLE, every
+from llmtrace.engine.steps.ids import agree, every
 
 ATTRIBUTE = "llmtrace_step"
 MAX_LINKS = 64
@@ -48,14 +47,22 @@ class Batch:
 class Batches:
     """The forward passes of one engine, in order."""
 
-    def __init__(self, scheduler: Any, environment: Mapping[str, str] = os.environ) -> None:
+    def __init__(self, scheduler: Any, environment: MutableMapping[str, str] = os.environ) -> None:
         self._scheduler = scheduler
+        self._environment = environment
+        self._joined = False
         self._every = every(environment)
-        self.group = environment.get(GROUP_VARIABLE) or secrets.token_hex(8)
+        self.group = ""
         self.number = 0
         parallel = scheduler.vllm_config.parallel_config
         self.rank = first_rank(parallel)
         """Of the engine's first worker in the group."""
+
+    def join(self, engine: Any) -> None:
+        """Agree with the other engine cores on the group's name, if that was not done yet."""
+        if not self._joined:
+            self._joined = True
+            self.group = agree(getattr(engine, "dp_store", None), self._environment)
 
     def scheduled(self, output: Any) -> Iterable[str]:
         """A step was scheduled: tell the workers. Returns the ids of its requests if it is traced."""
@@ -63,6 +70,8 @@ class Batches:
         if not output.total_num_scheduled_tokens:
             return ()  # nothing to compute: no forward pass
         self.number += 1
+        if not self.group:
+            return ()
         if self.number % self._every:
             setattr(output, ATTRIBUTE, (self.group, self.number))
             return ()

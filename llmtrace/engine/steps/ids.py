@@ -13,7 +13,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 GROUP_VARIABLE = "LLMTRACE_STEP_GROUP"
-"""Set here for the workers of an engine core, never by people."""
+"""Set here for a worker in the engine core's own process, never by people."""
 EVERY_VARIABLE = "LLMTRACE_STEP_EVERY"
 """Steps of which one is traced; 0 switches the feature off. The same on all ranks."""
 EVERY_DEFAULT = 64
@@ -36,8 +36,8 @@ def are_traced(config: Any, environment: Mapping[str, str] = os.environ) -> bool
     return wanted and every(environment) > 0
 
 
-def agree(store: Any | None, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Have the group's name in the environment; ``store`` is torch's, shared by the engine cores, where there is one.
+def agree(store: Any | None, environment: MutableMapping[str, str] = os.environ) -> str:
+    """The group's name, left in the environment too; ``store`` is torch's, of the engine cores; None of one that is alone.
 
     Waits for no other rank: the first to ask names the group.
     """
@@ -46,6 +46,7 @@ def agree(store: Any | None, environment: MutableMapping[str, str] = os.environ)
         agreed = store.compare_set(_STORE_KEY, "", name)
         name = agreed.decode() if isinstance(agreed, bytes) else str(agreed)
     environment[GROUP_VARIABLE] = name
+    return name
 
 
 def trace_id(group: str, number: int) -> int:

@@ -33,7 +33,8 @@ class StepWorker:
         self._expert_tokens = expert_tokens
         environment = os.environ
         self._every = every(environment)
-        self._group = environment.get(GROUP_VARIABLE, "")
+        self._environment = environment
+        self._group = ""
         self._number = 0
         self._watched: Any = None
 
@@ -83,6 +84,7 @@ class StepWorker:
     def _beginning_dummy(self, worker: Any, *_args: Any, **_kwargs: Any) -> None:
         self._number += 1
         self.recorder.drop()
+        self._group = self._group or self._environment.get(GROUP_VARIABLE, "")
         if self._group and self._number % self._every == 0:
             self._begin(worker, Batch(self._group, self._number, traced=True, dummy=True))
 
