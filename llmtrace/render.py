@@ -12,6 +12,8 @@ from rich.text import Text
 from llmtrace.traces.model import AttributeValue, Span, Trace
 from llmtrace.units import bytes_text
 
+MOST_LINKS = 2
+"""Of a span that are shown; --json has them all."""
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "bright_red", "bright_cyan", "bright_magenta")
 HIDDEN = ("gen_ai.request.id", "gen_ai.operation.name", "llmtrace.scenario.name", "llmtrace.scenario.run_id")
 SHOWN: dict[str, dict[str, str]] = {
@@ -28,6 +30,19 @@ SHOWN: dict[str, dict[str, str]] = {
         "llmtrace.endpoint.name": "endpoint",
         "gen_ai.usage.cache_read.input_tokens": "cached",
         "llmtrace.gateway.ttft_ms": "ttft ms",
+    },
+    "engine_step": {
+        "llmtrace.step.number": "step",
+        "llmtrace.rank.world": "rank",
+        "llmtrace.rank.node": "node",
+        "llmtrace.step.dummy": "dummy",
+        "llmtrace.step.prefill_tokens": "prefill tokens",
+        "llmtrace.step.decode_tokens": "decode tokens",
+        "llmtrace.step.attention_ms": "attention ms",
+        "llmtrace.step.dispatch_ms": "dispatch ms",
+        "llmtrace.step.experts_ms": "experts ms",
+        "llmtrace.step.combine_ms": "combine ms",
+        "llmtrace.step.wait_ms": "wait ms",
     },
     "ingress": {"http.status_code": "status", "request_size": "bytes in", "response_size": "bytes out"},
     "async * egress": {"upstream_cluster": "to"},
@@ -196,8 +211,10 @@ def _details(span: Span, start_ns: int) -> Text:
         details.append(f"  error: {span.status_message or 'no message'}", style="bold red")
     for event in span.events:
         details.append(f"  event {event.name} at {(event.time_ns - start_ns) / 1e6:.1f} ms", style="italic")
-    for link in span.links:
+    for link in span.links[:MOST_LINKS]:
         details.append(f"  link to {link.trace_id}:{link.span_id}", style="italic")
+    if len(span.links) > MOST_LINKS:
+        details.append(f"  and {len(span.links) - MOST_LINKS} more links", style="italic")
     return details
 
 

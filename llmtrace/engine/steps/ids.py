@@ -37,7 +37,7 @@ def are_traced(config: Any, environment: Mapping[str, str] = os.environ) -> bool
 
 
 def agree(store: Any | None, environment: MutableMapping[str, str] = os.environ) -> str:
-    """The group's name, left in the environment too; ``store`` is torch's, of the engine cores; None of one that is alone.
+    """The group's name, left in the environment too; ``store`` is torch's, which engine cores share, if there is one.
 
     Waits for no other rank: the first to ask names the group.
     """

@@ -19,7 +19,7 @@ from llmtrace.scenarios.wide_ep.waiting import Straggler, balance_saving_ms, str
 from llmtrace.semconv import attributes as a
 from llmtrace.traces.model import Trace
 
-CLEAR_SHARE = 0.5
+CLEAR_SHARE = 2 / 3
 """A rank that is last in more than this share of the steps is the straggler; otherwise the last one changes."""
 MATRIX_EXPERTS = 256
 
