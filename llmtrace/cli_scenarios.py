@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +40,8 @@ from llmtrace.traces.model import Trace
 from llmtrace.traces.tempo import TempoClient
 
 FLUSH_TIMEOUT_MS = 10_000
+LOOK_BACK_S = 3600
+"""How far back the smoke test looks for traces that no request is part of."""
 MIN_WIDTH = 150
 """Columns of output that goes into a file or a pipe."""
 
@@ -57,7 +60,7 @@ def run(
         int | None, typer.Option(min=1, max=1024, help="Tokens to generate for each request.")
     ] = None,
     concurrency: Annotated[int | None, typer.Option(min=1, max=256, help="Conversations at the same time.")] = None,
-    request_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one request.")] = 60.0,
+    request_timeout: Annotated[float | None, typer.Option(min=0.1, help="Seconds for one request.")] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for the whole run.")] = 900.0,
     store: Store = None,
 ) -> None:
@@ -74,7 +77,7 @@ def run(
         stack,
         max_tokens=max_tokens or scenario.max_tokens,
         concurrency=concurrency or scenario.concurrency,
-        request_timeout_s=request_timeout,
+        request_timeout_s=request_timeout or scenario.request_timeout_s,
         run_timeout_s=timeout,
     )
     tempo = TempoClient(store or stack.store)
@@ -113,7 +116,10 @@ def answer(
     scenario = scenario_of(name)
     tempo = TempoClient(store or Stack.load().store)
     run_id = run_id or latest_run(tempo, name)
-    found = scenario.answer(run_id, load_run(tempo, run_id, linked=scenario.linked))
+    traces = load_run(tempo, run_id, linked=scenario.linked)
+    spans = [s for trace in traces for s in trace.spans]
+    others = scenario.also(tempo, min(s.start_ns for s in spans), max(s.end_ns for s in spans)) if spans else []
+    found = scenario.answer(run_id, [*traces, *others])
     if html is not None:
         _write(html, scenario.html(found))
     if as_json:
@@ -161,6 +167,7 @@ def verify(
             timeout_s=timeout,
             clock_tolerance_ms=clock_tolerance_ms,
             failed_requests=driver.failures,
+            others=scenario.also(tempo, time.time_ns() - LOOK_BACK_S * 10**9, time.time_ns()),
         )
     if as_json:
         typer.echo(result.model_dump_json(indent=2))
@@ -222,9 +229,9 @@ def _settings(scenario: Scenario[Any], stack: Stack, **changes: float) -> Settin
         scenario.name,
         stack.model,
         stack.gateways,
-        {server.name: server.url for server in stack.servers},
+        {server.name: server.url for server in stack.servers if not server.standby},
         scenario.arms,
-        {server.name: server.role for server in stack.servers},
+        {server.name: server.role for server in stack.servers if not server.standby},
         scenario.arm_facts(stack),
         **changes,  # type: ignore[arg-type]
     )

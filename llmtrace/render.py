@@ -12,8 +12,6 @@ from rich.text import Text
 from llmtrace.traces.model import AttributeValue, Span, Trace
 from llmtrace.units import bytes_text
 
-MOST_LINKS = 2
-"""Of a span that are shown; --json has them all."""
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "bright_red", "bright_cyan", "bright_magenta")
 HIDDEN = ("gen_ai.request.id", "gen_ai.operation.name", "llmtrace.scenario.name", "llmtrace.scenario.run_id")
 SHOWN: dict[str, dict[str, str]] = {
@@ -122,6 +120,29 @@ SHOWN: dict[str, dict[str, str]] = {
         "llmtrace.decode.gap_max_ms": "longest gap ms",
         "llmtrace.preempted_ms": "preempted ms",
     },
+    "llmtrace.flow_control.queue": {
+        "llmtrace.flow_control.outcome": "outcome",
+        "llmtrace.flow_control.queue_size": "waiting",
+        "llmtrace.flow_control.saturation": "saturation",
+    },
+    "autoscale.decision": {
+        "llmtrace.autoscale.direction": "direction",
+        "llmtrace.autoscale.reason": "reason",
+        "llmtrace.autoscale.metric.value": "value",
+        "llmtrace.autoscale.metric.target": "target",
+        "llmtrace.autoscale.replicas.current": "replicas",
+        "llmtrace.autoscale.replicas.recommended": "recommended",
+        "llmtrace.autoscale.replicas.desired": "desired",
+        "llmtrace.autoscale.limit": "limit",
+        "llmtrace.autoscale.drivers.found": "drivers",
+        "llmtrace.autoscale.failure": "failure",
+    },
+    "autoscale.replica": {"llmtrace.autoscale.replica": "replica", "llmtrace.autoscale.outcome": "outcome"},
+    "drain": {"llmtrace.autoscale.drain.running": "running", "llmtrace.autoscale.drain.cut": "cut"},
+    **{
+        name: {"llmtrace.autoscale.source": "by"}
+        for name in ("container.start", "model.load", "ready", "first_request")
+    },
 }
 """The attributes that matter and their labels, by span name (a shell-style pattern). Others: the first."""
 
@@ -133,6 +154,8 @@ PER_ENDPOINT = {
 """Arrays with an element for each endpoint, and the array that names the endpoints."""
 
 MOST_OTHERS = 6
+MOST_LINKS = 4
+"""Of a span that are shown; --json has them all."""
 NAME_WIDTH = 52
 """Longer names, indentation included, are cut."""
 SECONDS = "gen_ai.latency."

@@ -32,12 +32,16 @@ class Part(BaseModel):
 
 
 class Server(Part):
-    """A model server: its name, base URL and supervised process; ``role`` is both, prefill or decode."""
+    """A model server: its name, base URL and supervised process; ``role`` is both, prefill or decode.
+
+    One in ``standby`` runs only when a scaler starts it.
+    """
 
     name: str
     url: str
     process: str
     role: str = "both"
+    standby: bool = False
 
 
 class Sidecar(Part):
@@ -45,6 +49,14 @@ class Sidecar(Part):
 
     process: str
     url: str
+
+
+class Scaler(Part):
+    """The scaler: its process, the port of its metrics on 127.0.0.1, and its ScaledObject."""
+
+    process: str
+    metrics_port: int
+    config: Path
 
 
 class Picker(Part):
@@ -69,6 +81,7 @@ class Stack(Part):
     gateways: dict[str, str]
     servers: list[Server]
     sidecars: list[Sidecar] = []
+    scaler: Scaler | None = None
     kv_block_size: int
     pickers: dict[str, Picker]
     envoy_admin: str

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from llmtrace.deploy.supervisor import Supervisor
-from llmtrace.deploy.topology import ModelServer, known_scenario, model_servers, whole_number
+from llmtrace.deploy.topology import AUTOSCALED, ModelServer, known_scenario, model_servers, whole_number
 from llmtrace.errors import UserError
 
 GIB = 1 << 30
@@ -277,6 +277,7 @@ def ports_of(variables: Mapping[str, object]) -> tuple[Port, ...]:
         ("collector_metrics_port", "collector's own metrics"),
         ("store_port", "trace store"),
         ("prometheus_port", "Prometheus server"),
+        *((("scaler_port", "scaler's own metrics"),) if scenario == AUTOSCALED else ()),
     ):
         ports.append(Port(whole_number(variables, variable), purpose, variable))
     return tuple(ports)

@@ -11,7 +11,7 @@ import grpc
 import httpx
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from llmtrace.deploy.supervisor import Process, Supervisor
+from llmtrace.deploy.supervisor import DOWN, Process, Supervisor
 from llmtrace.errors import UserError
 from llmtrace.stack import Stack
 
@@ -22,12 +22,14 @@ LOG_LINES = 15
 class Component:
     """A supervised process and how to ask it whether it is ready.
 
-    ``probe`` is an http URL that answers 200, or grpc://HOST:PORT of a gRPC health service.
+    ``probe`` is an http URL that answers 200, or grpc://HOST:PORT of a gRPC health service. One in ``standby`` need
+    not run.
     """
 
     name: str
     probe: str
     address: str
+    standby: bool = False
 
     def ready(self, timeout_s: float = 2) -> bool:
         """Ask once."""
@@ -49,8 +51,11 @@ class Status:
 
     @property
     def ok(self) -> bool:
-        """Whether the process runs and answers."""
-        return self.ready and self.process is not None and self.process.state == "RUNNING"
+        """Whether the process runs and answers, or need not."""
+        if self.process is None:
+            return False
+        resting = self.component.standby and self.process.state in DOWN
+        return resting or (self.ready and self.process.state == "RUNNING")
 
 
 def _grpc_serving(target: str, timeout_s: float) -> bool:
@@ -74,12 +79,20 @@ def components(stack: Stack) -> list[Component]:
             )
             for picker in stack.pickers.values()
         ),
-        *(Component(server.process, f"{server.url}/health", server.url) for server in stack.servers),
+        *(Component(server.process, f"{server.url}/health", server.url, server.standby) for server in stack.servers),
         *(Component(sidecar.process, f"{sidecar.url}/health", sidecar.url) for sidecar in stack.sidecars),
         Component("collector", stack.collector_health, stack.collector_otlp_grpc),
         Component("store", f"{stack.store}/ready", stack.store),
         Component("prometheus", f"{stack.prometheus}/-/ready", stack.prometheus),
+        *_scaler(stack),
     ]
+
+
+def _scaler(stack: Stack) -> list[Component]:
+    if stack.scaler is None:
+        return []
+    address = f"http://127.0.0.1:{stack.scaler.metrics_port}"
+    return [Component(stack.scaler.process, f"{address}/metrics", address)]
 
 
 def statuses(stack: Stack) -> list[Status]:
@@ -118,7 +131,7 @@ def wait_ready(
     """
     supervisor = Supervisor(stack.supervisor_socket)
     started = time.monotonic()
-    waiting = {component.name: component for component in components(stack)}
+    waiting = {component.name: component for component in components(stack) if not component.standby}
     took: dict[str, float] = {}
     while waiting:
         processes = {process.name: process for process in supervisor.processes()}

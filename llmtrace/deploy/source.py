@@ -8,13 +8,13 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1]
 COMMON = (
     *("errors.py", "telemetry.py", "service.py", "spans.py", "flags.py", "durations.py"),
-    *("endpoints_file.py", "watch.py", "semconv/attributes.py"),
+    *("endpoints_file.py", "watch.py", "semconv/attributes.py", "deploy/supervisor.py"),
 )
 PARTS = {
-    "services": (*COMMON, "picker", "sidecar", "traces"),
+    "services": (*COMMON, "picker", "sidecar", "traces", "autoscale"),
     "engine": ("__init__.py", "semconv/attributes.py", "engine"),
 }
-"""What a process of this kind imports from the package: picker, sidecar and store; the plugin in a model server."""
+"""What a process of this kind imports from the package: the kit's own services; the plugin in a model server."""
 
 
 def digest(part: str) -> str:

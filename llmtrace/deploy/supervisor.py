@@ -43,6 +43,8 @@ ENVIRONMENT = frozenset(
     ]
 )
 """What the processes see of the caller's environment: no secrets, no proxies, no stray OTEL_* variables."""
+DOWN = frozenset({"STOPPED", "EXITED", "FATAL"})
+"""States of a process that does not run, and is not about to."""
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -205,12 +207,34 @@ class Supervisor:
             self._call("addProcessGroup", name)
         return update
 
+    def down(self) -> list[str]:
+        """Names of the processes that are stopped or gave up, and should run; one without autostart may rest."""
+        resting = {info["name"] for info in self._call("getAllConfigInfo") if not info["autostart"]}
+        return [p.name for p in self.processes() if p.state in DOWN and p.name not in resting]
+
     def revive(self) -> list[str]:
         """Start processes that are stopped or gave up; return their names."""
-        down = [process.name for process in self.processes() if process.state in {"STOPPED", "EXITED", "FATAL"}]
+        down = self.down()
         for name in down:
             self._call("startProcess", name, False)
         return down
+
+    def process(self, name: str) -> Process:
+        """The process of this name; raises UserError where there is none."""
+        found = next((p for p in self.processes() if p.name == name), None)
+        if found is None:
+            raise UserError(f"supervisord knows no process {name}: run `llmtrace up`")
+        return found
+
+    def start(self, name: str) -> None:
+        """Start one process, if it does not run already; does not wait for it."""
+        if self.process(name).state in DOWN:
+            self._call("startProcess", name, False)
+
+    def stop(self, name: str) -> None:
+        """Stop one process, if it runs, and wait for its end."""
+        if self.process(name).state not in DOWN:
+            self._call("stopProcess", name)
 
     def restart(self, name: str) -> None:
         """Stop and start one process."""

@@ -8,9 +8,9 @@ from typing import Literal
 
 from llmtrace.errors import UserError
 
-SCENARIOS = ("prefix-cache", "pd-disaggregation", "wide-ep")
+SCENARIOS = ("prefix-cache", "pd-disaggregation", "wide-ep", "autoscaling")
 """Those with a topology of their own."""
-DISAGGREGATED, WIDE = "pd-disaggregation", "wide-ep"
+DISAGGREGATED, WIDE, AUTOSCALED = "pd-disaggregation", "wide-ep", "autoscaling"
 
 Role = Literal["both", "prefill", "decode"]
 
@@ -20,7 +20,8 @@ class ModelServer:
     """A model server on 127.0.0.1.
 
     ``role`` is what llm-d's label ``llm-d.ai/role`` says, ``both`` where there is no such label. A decode server has a
-    ``sidecar_port`` before it, and every server that moves KV a ``side_channel_port`` for NIXL's handshake.
+    ``sidecar_port`` before it, and every server that moves KV a ``side_channel_port`` for NIXL's handshake. One in
+    ``standby`` is defined and not started: a scaler does that.
     """
 
     name: str
@@ -28,6 +29,7 @@ class ModelServer:
     port: int
     sidecar_port: int | None = None
     side_channel_port: int | None = None
+    standby: bool = False
 
     @property
     def endpoint_port(self) -> int:
@@ -38,14 +40,22 @@ class ModelServer:
 def model_servers(variables: Mapping[str, object]) -> list[ModelServer]:
     """The model servers that an inventory's variables describe.
 
-    Reads ``scenario``, ``vllm_servers``, ``prefill_servers``, ``vllm_base_port``, ``vllm_side_channel_base_port`` and
-    ``sidecar_base_port``. Raises UserError for a value that cannot be.
+    Reads ``scenario``, ``vllm_servers``, ``prefill_servers``, ``autoscaling_min_servers``, ``vllm_base_port``,
+    ``vllm_side_channel_base_port`` and ``sidecar_base_port``. Raises UserError for a value that cannot be.
     """
     scenario = known_scenario(variables["scenario"])
     count = whole_number(variables, "vllm_servers")
     base = whole_number(variables, "vllm_base_port")
     if scenario == WIDE:
         return [ModelServer("moe-0", "both", base)]  # one server; its ranks are processes of it
+    if scenario == AUTOSCALED:
+        fewest = whole_number(variables, "autoscaling_min_servers")
+        if fewest > count:
+            raise UserError(
+                f"autoscaling_min_servers is {fewest} of {count} vllm_servers: raise vllm_servers, or lower "
+                "autoscaling_min_servers"
+            )
+        return [ModelServer(f"vllm-{n}", "both", base + n, standby=n >= fewest) for n in range(count)]
     if scenario != DISAGGREGATED:
         return [ModelServer(f"vllm-{index}", "both", base + index) for index in range(count)]
     prefill = whole_number(variables, "prefill_servers")

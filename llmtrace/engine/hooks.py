@@ -21,7 +21,8 @@ Before = Callable[..., Any]
 After = Callable[..., None]
 """Called with what the before part returned, the result, and the arguments of the wrapped function."""
 
-_WRAPPED = "__llmtrace_wrapped__"
+WRAPPED = "__llmtrace_wrapped__"
+"""Set on what replaces a function of vLLM."""
 
 
 class Switch(Protocol):
@@ -80,7 +81,7 @@ def wrap(
     """
     wanted = switch or guard
     original = getattr(owner, name)
-    if getattr(original, _WRAPPED, False):
+    if getattr(original, WRAPPED, False):
         return
     where = f"{owner.__name__}.{name}"
 
@@ -94,7 +95,7 @@ def wrap(
             guard.run(where, after, state, result, *args, **kwargs)
         return result
 
-    setattr(wrapper, _WRAPPED, True)
+    setattr(wrapper, WRAPPED, True)
     setattr(owner, name, wrapper)
 
 

@@ -10,15 +10,17 @@ import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 from pydantic_core import ErrorDetails
 
+from llmtrace.durations import seconds
 from llmtrace.errors import UserError, nearest
 from llmtrace.picker import plugins
+from llmtrace.picker.flow_control import DEFAULT_MAX_REQUESTS, DEFAULT_TTL_S, FlowSettings
 from llmtrace.picker.plugin import (
     REGISTRY,
     Discovery,
@@ -28,6 +30,7 @@ from llmtrace.picker.plugin import (
     Plugin,
     Producer,
     ProfileHandler,
+    SaturationDetector,
     Scorer,
     Tokenizer,
 )
@@ -35,7 +38,6 @@ from llmtrace.picker.prefix_match import DEFAULT_PRODUCER
 
 DEFAULT_WEIGHT = 1.0
 NOT_EMBEDDED = (
-    "flowControl",
     "requestHandler",
     "saturationDetector",
     "parser",
@@ -43,8 +45,16 @@ NOT_EMBEDDED = (
     "sources",
     "crossReplicaSyncerPluginRef",
     "crossReplicaSyncInterval",
+    "maxBytes",
+    "defaultPriorityBand",
+    "defaultNegativePriorityBand",
+    "priorityBands",
+    "usageLimitPolicyPluginRef",
+    "enableEviction",
 )
 """Sections that llm-d's EPP knows and the embedded picker has not."""
+FLOW_CONTROL = "flowControl"
+"""The feature gate of flow control."""
 
 _log = logging.getLogger(__name__)
 
@@ -78,8 +88,8 @@ class SchedulingProfile(_Section):
     plugins: list[PluginRef] = Field(default_factory=list)
 
 
-class DiscoveryRef(_Section):
-    """The plugin that finds the endpoints."""
+class PluginOnly(_Section):
+    """A reference to a plugin."""
 
     plugin_ref: str = Field(min_length=1)
 
@@ -87,8 +97,26 @@ class DiscoveryRef(_Section):
 class DataLayer(_Section):
     """Where endpoints come from. Metrics are always scraped in the way of llm-d's defaults."""
 
-    discovery: DiscoveryRef | None = None
+    discovery: PluginOnly | None = None
     inject_defaults: Literal[True] = True
+
+
+def _wait(given: object) -> float:
+    """A duration that may be 0, which is without end."""
+    return 0.0 if given in ("0s", "0") else seconds(given)
+
+
+class FlowControlSection(_Section):
+    """Flow control: how many requests may wait, how long, and what says that the pool is saturated."""
+
+    max_requests: int = Field(default=DEFAULT_MAX_REQUESTS, gt=0)
+    default_request_ttl: Annotated[float | None, BeforeValidator(_wait)] = Field(
+        default=None, alias="defaultRequestTTL"
+    )
+    no_endpoint_request_ttl: Annotated[float | None, BeforeValidator(_wait)] = Field(
+        default=None, alias="noEndpointRequestTTL"
+    )
+    saturation_detector: PluginOnly | None = None
 
 
 class EndpointPickerConfig(_Section):
@@ -96,7 +124,8 @@ class EndpointPickerConfig(_Section):
 
     api_version: Literal["llm-d.ai/v1alpha1"]
     kind: Literal["EndpointPickerConfig"]
-    feature_gates: list[str] = Field(default_factory=list, max_length=0)
+    feature_gates: list[Literal["flowControl"]] = Field(default_factory=list)
+    flow_control: FlowControlSection | None = None
     plugins: list[PluginSpec]
     scheduling_profiles: list[SchedulingProfile] = Field(default_factory=list)
     data_layer: DataLayer
@@ -130,6 +159,7 @@ class Configuration:
     handler: ProfileHandler[Any]
     profiles: dict[str, Profile]
     plugins: tuple[AnyPlugin, ...]
+    flow_control: FlowSettings | None
 
 
 def load(path: Path, handle: Handle) -> Configuration:
@@ -180,10 +210,17 @@ class _Builder:
         self.profiles = by_name.keys()
         handler = self._handler()
         tokenizer = self._tokenizer()
+        flow_control = self._flow_control()
         for plugin in list(self._plugins.values()):
             plugin.connect(self)
         return Configuration(
-            discovery, tokenizer, tuple(self.of(Producer)), handler, by_name, tuple(self._plugins.values())
+            discovery,
+            tokenizer,
+            tuple(self.of(Producer)),
+            handler,
+            by_name,
+            tuple(self._plugins.values()),
+            flow_control,
         )
 
     def _make(self, spec: PluginSpec, where: str) -> AnyPlugin:
@@ -289,6 +326,23 @@ class _Builder:
         assert isinstance(handler, ProfileHandler)  # noqa: S101 - tells the type checker what the registry says
         return handler
 
+    def _flow_control(self) -> FlowSettings | None:
+        section = self._config.flow_control
+        if FLOW_CONTROL not in self._config.feature_gates:
+            if section is None:
+                return None
+            raise UserError("flowControl has no effect without its gate: add featureGates: [flowControl], or remove it")
+        section = section or FlowControlSection()
+        kind = plugins.utilization_detector.UtilizationDetector.type
+        name = section.saturation_detector.plugin_ref if section.saturation_detector else kind
+        if name == kind and name not in self._plugins:
+            self._make(PluginSpec(type=kind), "the default saturation detector")
+        detector = self.find(name, SaturationDetector, "flowControl.saturationDetector", "a saturation detector")
+        ttl = section.default_request_ttl
+        ttl = DEFAULT_TTL_S if ttl is None else ttl
+        other = section.no_endpoint_request_ttl
+        return FlowSettings(detector, section.max_requests, ttl, ttl if other is None else other)
+
     def _tokenizer(self) -> Tokenizer[Any] | None:
         tokenizers = self.of(Tokenizer)
         if len(tokenizers) > 1:
@@ -316,8 +370,8 @@ def _sentence(error: ValidationError, model: type[BaseModel], noun: str = "field
 def _reason(details: ErrorDetails) -> str:
     if details["type"] == "missing":
         return "is missing"
-    if details["loc"] == ("featureGates",):
-        return "the embedded picker has no feature gates: remove them, or run llm-d's own EPP by picker_binary"
+    if details["loc"][:1] == ("featureGates",):
+        return "the embedded picker has one, flowControl: remove others, or run llm-d's own EPP by picker_binary"
     given = details["input"]
     shown = f", not {given!r}" if isinstance(given, (str, int, float, bool)) else ""
     return f"{details['msg'].removeprefix('Value error, ')}{shown}"

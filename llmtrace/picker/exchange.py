@@ -20,6 +20,7 @@ from opentelemetry.trace import SpanKind
 
 from llmtrace.picker.endpoints import Endpoint, Pool
 from llmtrace.picker.ext_proc import OVERWRITE, ProcessingResponse
+from llmtrace.picker.flow_control import FlowControl
 from llmtrace.picker.metrics import Metrics, RequestSeries
 from llmtrace.picker.request import InferenceRequest, RequestError, no_endpoints, parse, too_large
 from llmtrace.picker.response import ResponseReader, Usage
@@ -49,11 +50,20 @@ class Services:
     metrics: Metrics
     gateway: Tracer
     orchestration: Tracer
+    flow_control: FlowControl | None = None
 
     @classmethod
-    def make(cls, pool: Pool, scheduler: Scheduler, metrics: Metrics, tracer: Tracer) -> Services:
+    def make(
+        cls,
+        pool: Pool,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        tracer: Tracer,
+        flow_control: FlowControl | None = None,
+    ) -> Services:
         """The services with the tracer in the scopes that llm-d uses."""
-        return cls(pool, scheduler, metrics, tracer.scoped(GATEWAY_SCOPE), tracer.scoped(ORCHESTRATION_SCOPE))
+        gateway, orchestration = tracer.scoped(GATEWAY_SCOPE), tracer.scoped(ORCHESTRATION_SCOPE)
+        return cls(pool, scheduler, metrics, gateway, orchestration, flow_control)
 
 
 class Exchange:
@@ -71,6 +81,7 @@ class Exchange:
         self._span: Span | None = None
         self._series: RequestSeries | None = None
         self._running = False
+        self._endpoint: Endpoint | None = None
         self._destination = ""
         self._added: Mapping[str, str] = {}
         self._request: InferenceRequest | None = None
@@ -121,6 +132,8 @@ class Exchange:
             return
         if self._running and self._series is not None:
             self._series.running.dec()
+        if self._endpoint is not None:
+            self._endpoint.in_flight -= 1
         if not self.complete:
             self._error_code = "ClientDisconnect" if cancelled or not self._status else "Incomplete"
             span.fail(self._error_code, "the exchange ended before the response was complete")
@@ -213,6 +226,8 @@ class Exchange:
         request.span = span
         self._series = services.metrics.series(request.model, request.fairness_id)
         try:
+            if services.flow_control is not None:
+                await services.flow_control.admit(request, self._series, span)
             ready = self._ready()
             try:
                 if await services.scheduler.tokenize(request, ready):
@@ -254,6 +269,8 @@ class Exchange:
         self._series.request_size.observe(request.size_bytes)
         self._series.running.inc()
         self._running = True
+        self._endpoint = endpoints[0]
+        self._endpoint.in_flight += 1
 
     def _routed(self) -> Any:
         """The answer to the request's headers: the destination, and the span to hang under."""

@@ -59,11 +59,11 @@ class RequestSeries:
         self.tpot = metrics.tpot.labels(*labels)
         self.ttft = {streaming: metrics.ttft.labels(*labels, str(streaming).lower()) for streaming in (True, False)}
         self._errors = metrics.errors
-        self._labels = tuple(labels)
+        self.labels = tuple(labels)
 
     def error(self, code: str) -> None:
         """Count a failed request under llm-d's error code."""
-        self._errors.labels(*self._labels, code).inc()
+        self._errors.labels(*self.labels, code).inc()
 
 
 class KVCacheMetrics:

@@ -104,6 +104,16 @@ class Filter(Plugin[ParametersT]):
         raise NotImplementedError
 
 
+class SaturationDetector(Plugin[ParametersT]):
+    """Says how saturated endpoints are. ``stale`` counts those whose metrics were too old the last time."""
+
+    stale = 0
+
+    def saturation(self, endpoints: Sequence[Endpoint]) -> float:
+        """The saturation of the endpoints together: from 1 on, requests wait."""
+        raise NotImplementedError
+
+
 class Scorer(Plugin[ParametersT]):
     """Scores endpoints from 0 (worst) to 1."""
 

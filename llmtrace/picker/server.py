@@ -18,6 +18,7 @@ from llmtrace.errors import UserError
 from llmtrace.picker import config, ext_proc
 from llmtrace.picker.endpoints import Pool
 from llmtrace.picker.exchange import Exchange, Services
+from llmtrace.picker.flow_control import FlowControl
 from llmtrace.picker.metrics import Metrics
 from llmtrace.picker.scheduler import Scheduler
 from llmtrace.picker.scrape import Scraper
@@ -55,7 +56,9 @@ class PickerServer:
         self._options = options
         self._configuration = config.load(options.config_file, self)
         scheduler = Scheduler(self._configuration, self.metrics, tracer)
-        self._services = Services.make(self.pool, scheduler, self.metrics, tracer)
+        flow = self._configuration.flow_control
+        self._flow_control = FlowControl(flow, self.pool, self.metrics) if flow else None
+        self._services = Services.make(self.pool, scheduler, self.metrics, tracer, self._flow_control)
         self._scraper = Scraper(self.pool, options.refresh_interval_s)
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -75,6 +78,7 @@ class PickerServer:
             asyncio.create_task(self._scraper.run()),
             asyncio.create_task(self._configuration.discovery.watch()),
             *(asyncio.create_task(plugin.run()) for plugin in self._configuration.plugins),
+            *([asyncio.create_task(self._flow_control.run())] if self._flow_control else []),
         ]
         try:
             stopped = asyncio.create_task(stop.wait())

@@ -191,6 +191,7 @@ class Driver:
         async with self._client(arm) as client, httpx.AsyncClient(trust_env=False) as metrics:
 
             async def talk(chat: Chat) -> None:
+                await asyncio.sleep(max(chat.at_s - (time.monotonic() - begun), 0.0))
                 async with limit:
                     for request in chat.requests:
                         self.trace_ids.setdefault(arm, []).append(await self._send(client, arm, request, salt, {}))
@@ -209,6 +210,7 @@ class Driver:
                 },
             ) as span:
                 before = await self._counters(metrics)
+                begun = time.monotonic()
                 async with asyncio.TaskGroup() as group:
                     for chat in chats:
                         group.create_task(talk(chat))
@@ -239,7 +241,7 @@ class Driver:
 
     async def _send(self, client: AsyncOpenAI, arm: str, request: Request, salt: str, extra: Mapping[str, bool]) -> str:
         """Send one request and record its span. A failure is recorded on the span and counted, not raised."""
-        model = self.settings.model
+        model = self.settings.model + request.model_suffix
         span = self.tracer.start_span(
             f"chat {model}",
             context=Context(),  # a root: the block's span is no part of the request's trace
@@ -277,7 +279,7 @@ class Driver:
         TraceContextTextMapPropagator().inject(headers, set_span_in_context(span))
         sent = time.perf_counter()
         stream = await client.chat.completions.create(
-            model=self.settings.model,
+            model=self.settings.model + request.model_suffix,
             messages=cast("list[ChatCompletionMessageParam]", list(request.messages)),
             max_tokens=self.settings.max_tokens,
             temperature=0,

@@ -14,6 +14,7 @@ from llmtrace.scenarios.workload import Request, Workload
 from llmtrace.semconv import attributes as a
 from llmtrace.stack import Stack
 from llmtrace.traces.model import Attributes, Trace
+from llmtrace.traces.tempo import TempoClient
 
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
 
@@ -31,12 +32,14 @@ class Scenario(Generic[AnswerT]):
     """One scenario; the commands know no more of it than this.
 
     ``arms`` are the gateways that every request is sent through. ``workload`` makes the workload of given sizes
-    (``blocks``, ``conversations``, ``turns``, ``seed``); ``max_tokens`` and ``concurrency`` are defaults.
-    ``arm_facts`` are attributes of each arm's blocks that only the stack's configuration tells. ``complete`` says
-    whether a request's trace has what ``answer`` reads; ``text`` and ``html`` show an answer, ``example`` is the id
-    of a trace of it that is worth a look. With ``linked``, ``answer`` also gets the traces to which those of the
-    run link. Of the smoke test, ``smoke_requests`` are its requests, in order; ``expectation`` is what each trace
-    must have, and ``further`` finds what else is wrong with it, given its arm and the stack.
+    (``blocks``, ``conversations``, ``turns``, ``seed``); ``max_tokens``, ``concurrency`` and ``request_timeout_s``
+    are defaults. ``arm_facts`` are attributes of each arm's blocks that only the stack's configuration tells.
+    ``complete`` says whether a request's trace has what ``answer`` reads; ``text`` and ``html`` show an answer,
+    ``example`` is the id of a trace of it that is worth a look. With ``linked``, ``answer`` also gets the traces to
+    which those of the run link. Of the smoke test, ``smoke_requests`` are its requests, in order; ``expectation`` is
+    what each trace must have, and ``further`` finds what else is wrong with it, given its arm and the stack. ``also``
+    finds further traces of a time (nanoseconds since the epoch, its start and end) that no request is part of; the
+    answer gets them too, and the smoke test checks them.
     """
 
     name: str
@@ -52,5 +55,7 @@ class Scenario(Generic[AnswerT]):
     complete: Callable[[Trace], bool] = is_complete
     arm_facts: Callable[[Stack], Mapping[str, Attributes]] = lambda _stack: {}
     linked: bool = False
+    also: Callable[[TempoClient, int, int], list[Trace]] = lambda _store, _start_ns, _end_ns: []
     max_tokens: int = 8
     concurrency: int = 2
+    request_timeout_s: float = 60.0

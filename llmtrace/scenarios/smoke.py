@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import BaseModel, ConfigDict
 
 from llmtrace.errors import UserError
@@ -56,10 +58,12 @@ def verify(
     timeout_s: float,
     clock_tolerance_ms: float = CLOCK_TOLERANCE_MS,
     failed_requests: list[str] | None = None,
+    others: Sequence[Trace] = (),
 ) -> Verification:
     """Wait until every trace is right, or ``timeout_s`` is over, and say what is wrong with each then.
 
-    ``sent`` is the arm of each request by its trace id; ``stack`` is where they were sent.
+    ``sent`` is the arm of each request by its trace id; ``stack`` is where they were sent. ``others`` are checked as
+    they are.
     """
 
     def problems(trace: Trace) -> list[Problem]:
@@ -75,6 +79,9 @@ def verify(
             continue
         trace = seen[trace_id] or Trace(trace_id, ())
         checked.append(VerifiedTrace(trace_id=trace_id, arm=arm, spans=len(trace.spans), problems=problems(trace)))
+    for trace in others:
+        differ = verify_trace(trace, scenario.expectation(trace), clock_tolerance_ms=clock_tolerance_ms)
+        checked.append(VerifiedTrace(trace_id=trace.trace_id, arm="", spans=len(trace.spans), problems=differ))
     return Verification(
         scenario=scenario.name,
         clock_tolerance_ms=clock_tolerance_ms,

@@ -47,7 +47,7 @@ def tenants() -> dict[str, Tenant]:
 
 @dataclass(frozen=True)
 class Request:
-    """One request, the same in every arm."""
+    """One request, the same in every arm. ``model_suffix`` is appended to the name of the stack's model."""
 
     pair_id: str
     block: int
@@ -55,13 +55,16 @@ class Request:
     conversation: str
     turn: int
     messages: tuple[Message, ...]
+    model_suffix: str = ""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """The turns of one conversation, sent one after the other."""
+    """The turns of one conversation, sent one after the other, ``at_s`` seconds after the block's start at the
+    earliest."""
 
     requests: tuple[Request, ...]
+    at_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from llmtrace.picker import config
 from llmtrace.picker.endpoints import Endpoint, Load, Pool
 from llmtrace.picker.exchange import Exchange, Services
 from llmtrace.picker.ext_proc import ProcessingRequest
+from llmtrace.picker.flow_control import FlowControl
 from llmtrace.picker.metrics import Metrics
 from llmtrace.picker.scheduler import Scheduler
 from llmtrace.spans import Tracer
@@ -49,6 +50,17 @@ PREFIX_AWARE: dict[str, Any] = {
     ],
     "dataLayer": {"discovery": {"pluginRef": "endpoints"}},
 }
+
+FLOW_CONTROLLED: dict[str, Any] = {
+    **PREFIX_AWARE,
+    "featureGates": ["flowControl"],
+    "plugins": [
+        *PREFIX_AWARE["plugins"],
+        {"type": "utilization-detector", "parameters": {"queueDepthThreshold": 2, "metricsStalenessThreshold": "5s"}},
+    ],
+    "flowControl": {"maxRequests": 3, "defaultRequestTTL": "60s"},
+}
+"""A request waits while two requests wait at each endpoint, as long as fewer than three wait before it."""
 
 DISAGGREGATED: dict[str, Any] = {
     **PREFIX_AWARE,
@@ -136,7 +148,11 @@ class Picker:
         path.write_text(yaml.safe_dump(content or PREFIX_AWARE))
         self.configuration = config.load(path, self.handle)
         self.scheduler = Scheduler(self.configuration, self.handle.metrics, self.tracer)
-        self.services = Services.make(self.handle.pool, self.scheduler, self.handle.metrics, self.tracer)
+        flow = self.configuration.flow_control
+        self.flow_control = FlowControl(flow, self.handle.pool, self.handle.metrics) if flow else None
+        self.services = Services.make(
+            self.handle.pool, self.scheduler, self.handle.metrics, self.tracer, self.flow_control
+        )
 
     @property
     def spans(self) -> list[Span]:

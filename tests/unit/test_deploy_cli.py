@@ -91,7 +91,7 @@ def test_outside_a_checkout_the_error_says_what_to_do(monkeypatch: pytest.Monkey
 
 
 def test_the_source_digests_follow_the_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for folder in ("picker", "sidecar", "traces", "engine", "semconv"):
+    for folder in ("picker", "sidecar", "traces", "autoscale", "deploy", "engine", "semconv"):
         (tmp_path / folder).mkdir()
     for name in ("__init__.py", *source.COMMON):
         (tmp_path / name).touch()

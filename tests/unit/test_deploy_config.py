@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import yaml
+from collecting import FLAGS, RENDERINGS
 from deployed import program, refusal, render
 from picking import Handle
 from supervisor.options import ServerOptions
 
-from llmtrace.deploy import playbook
+from llmtrace.autoscale.__main__ import options
 from llmtrace.picker import config
 
 CHANGED = {"vllm_servers": 2, "vllm_base_port": 18500, "vllm_block_size": 64, "store_port": 18501}
@@ -58,8 +59,24 @@ def test_promtool_accepts_prometheus_configuration(etc: Path) -> None:
 
 
 def test_the_collector_accepts_its_configuration(etc: Path) -> None:
-    configs = [f"--config={etc}/collector-{name}.yaml" for name in ("common", "span-metrics", "local")]
-    run(program("collector/*/otelcol"), "validate", *configs, env=environment_of(etc, "collector"))
+    command = shlex.split(program_section(etc, "collector")["command"])
+    configs = [f"--config={etc}/collector-{name}.yaml" for name in RENDERINGS["local"]]
+    assert command[1:] == [*FLAGS, *configs]
+    run(program("collector/*/otelcol"), "validate", *command[1:], env=environment_of(etc, "collector"))
+
+
+def test_texts_pass_the_collector_only_if_asked_for(tmp_path: Path) -> None:
+    etc = render(tmp_path, {"capture_content": True})
+    command = program_section(etc, "collector")["command"]
+    assert f"collector-redaction.yaml --config={etc}/collector-capture-content.yaml" in command
+
+
+def test_model_servers_say_their_role_and_model(disaggregated: Path) -> None:
+    for name, role in (("prefill-0", "prefill"), ("decode-1", "decode")):
+        said = environment_of(disaggregated, name)["OTEL_RESOURCE_ATTRIBUTES"]
+        assert said == f"service.instance.id={name},llmtrace.role={role},gen_ai.request.model=smollm2-135m"
+    promoted = read(disaggregated / "prometheus.yaml")["otlp"]["promote_resource_attributes"]
+    assert {"llmtrace.role", "k8s.namespace.name"} <= {*promoted}
 
 
 def test_supervisord_accepts_its_configuration(etc: Path) -> None:
@@ -128,6 +145,52 @@ def test_the_arms_differ_only_in_who_decides(disaggregated: Path, arm: str, deci
     other = read(disaggregated / "picker-never-split.yaml")
     assert [p["type"] for p in other["plugins"] if "decider" not in p["type"]] == [p["type"] for p in config["plugins"]]
     assert config["schedulingProfiles"] == other["schedulingProfiles"]
+
+
+@pytest.fixture(scope="module")
+def autoscaled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return render(tmp_path_factory.mktemp("state"), {"scenario": "autoscaling", "autoscaling_price_per_hour": 2.5})
+
+
+def test_the_scaler_reads_what_is_rendered_for_it(autoscaled: Path) -> None:
+    command = shlex.split(program_section(autoscaled, "autoscale")["command"])
+    assert command[1:3] == ["-m", "llmtrace.autoscale"]
+    found, socket = options(command[3:])
+    assert socket.name == "supervisor.sock"
+    assert [entry.name for entry in found.replicas] == ["vllm-0", "vllm-1", "vllm-2"]
+    spec = found.scaled_object.hpa()
+    assert (spec.minimum, spec.maximum, spec.down.window_s) == (1, 3, 30)
+    assert [(target.name, target.value) for target in spec.targets] == [
+        ("epp-queue-size", 1.0),
+        ("epp-running-requests", 6.0),
+    ]
+    queries = [trigger.metadata.query for trigger in found.scaled_object.spec.triggers]
+    assert all('model_name="smollm2-135m-reports"' in query for query in queries)
+    assert found.price == 2.5
+    assert environment_of(autoscaled, "autoscale")["OTEL_TRACES_EXPORTER"] == "otlp"
+
+
+def test_servers_beyond_the_fewest_are_described_and_not_started(autoscaled: Path) -> None:
+    starts = {name: program_section(autoscaled, name)["autostart"] for name in ("vllm-0", "vllm-1", "vllm-2", "envoy")}
+    assert starts == {"vllm-0": "true", "vllm-1": "false", "vllm-2": "false", "envoy": "true"}
+    assert [entry["name"] for entry in read(autoscaled / "endpoints.yaml")["endpoints"]] == ["vllm-0"]
+    command = shlex.split(program_section(autoscaled, "vllm-1")["command"])
+    assert command[command.index("--served-model-name") + 1 :][:2] == ["smollm2-135m", "smollm2-135m-reports"]
+    assert command[command.index("--max-num-seqs") + 1] == "4"
+
+
+def test_the_picker_of_the_autoscaled_arm_has_flow_control(autoscaled: Path) -> None:
+    found = config.load(autoscaled / "picker-autoscaled.yaml", Handle())
+    assert found.flow_control is not None
+    assert found.flow_control.ttl_s == 120.0
+    assert "--refresh-metrics-interval" in program_section(autoscaled, "picker-autoscaled")["command"]
+
+
+def test_promtool_accepts_the_configuration_with_the_scaler(autoscaled: Path) -> None:
+    run(program("prometheus/*/promtool"), "check", "config", autoscaled / "prometheus.yaml")
+    jobs = {job["job_name"]: job for job in read(autoscaled / "prometheus.yaml")["scrape_configs"]}
+    assert jobs["picker"]["scrape_interval"] == "1s"
+    assert "autoscale" in jobs
 
 
 def test_pickers_can_follow_the_servers_kv_caches(tmp_path: Path) -> None:
@@ -227,18 +290,6 @@ def test_envoy_propagates_its_own_context_with_llm_ds_picker(tmp_path: Path) -> 
     for manager in managers(etc):
         assert "no_context_propagation" not in manager["tracing"]
     assert program_section(etc, "picker-random")["command"].startswith("/bin/true --pool-name")
-
-
-def test_the_collectors_manifest_has_every_configured_component() -> None:
-    folder = playbook.CHECKOUT / "collector"
-    built = json.dumps(read(folder / "builder.yaml"))
-    wanted = set()
-    for name in ("common", "span-metrics", "local"):
-        config = read(folder / f"{name}.yaml")
-        for kind in ("receivers", "processors", "exporters", "connectors", "extensions"):
-            wanted |= {key.split("/")[0].replace("_", "") for key in config.get(kind, {})}
-    assert wanted
-    assert [name for name in wanted if f"/{name}" not in built] == []
 
 
 @pytest.mark.parametrize(

@@ -43,13 +43,16 @@ class Sandbox:
         self.conf = folder / "supervisord.conf"
         self.conf.write_text(CONF.format(folder=folder))
 
-    def program(self, name: str, code: str = "import time; time.sleep(600)", digest: str = "1") -> None:
+    def program(
+        self, name: str, code: str = "import time; time.sleep(600)", digest: str = "1", *, autostart: bool = True
+    ) -> None:
         (self.folder / f"{name}.ini").write_text(
             f"[program:{name}]\n"
             f'command = {sys.executable} -c "{code}"\n'
             f'environment = DIGEST="{digest}"\n'
             f"stdout_logfile = {self.folder}/{name}.log\n"
             "redirect_stderr = true\nstartsecs = 0\nstartretries = 0\nautorestart = unexpected\n"
+            f"autostart = {str(autostart).lower()}\n"
         )
 
     def processes(self) -> dict[str, Process]:
@@ -97,6 +100,23 @@ def test_a_stopped_process_is_started_again(sandbox: Sandbox) -> None:
     sandbox.supervisor._call("stopProcess", "one")
     assert sandbox.supervisor.revive() == ["one"]
     assert sandbox.processes()["one"].pid
+
+
+def test_a_process_without_autostart_rests_until_it_is_started(sandbox: Sandbox) -> None:
+    sandbox.program("one")
+    sandbox.program("spare", autostart=False)
+    sandbox.supervisor.launch(sandbox.conf)
+    assert sandbox.supervisor.revive() == []
+    assert sandbox.processes()["spare"].state == "STOPPED"
+    for _ in range(2):
+        sandbox.supervisor.start("spare")
+    assert sandbox.supervisor.process("spare").pid
+    for _ in range(2):
+        sandbox.supervisor.stop("spare")
+    assert sandbox.supervisor.process("spare").state == "STOPPED"
+    assert sandbox.supervisor.down() == []
+    with pytest.raises(UserError, match="knows no process other"):
+        sandbox.supervisor.start("other")
 
 
 def test_shutdown_ends_every_process(sandbox: Sandbox) -> None:
@@ -229,3 +249,15 @@ def test_what_a_killed_supervisord_left_behind_is_stopped(tmp_path: Path) -> Non
         finally:
             left.kill()
             other.kill()
+
+
+def test_a_server_in_standby_is_not_waited_for_and_may_rest(sandbox: Sandbox, answering: str) -> None:
+    for name in NAMES:
+        sandbox.program(name, autostart=name != "vllm-0")
+    sandbox.supervisor.launch(sandbox.conf)
+    stack = stack_with(sandbox, answering)
+    resting = stack.model_copy(update={"servers": [stack.servers[0].model_copy(update={"standby": True})]})
+    took = health.wait_ready(resting, {}, 20)
+    assert set(took) == set(NAMES) - {"vllm-0"}
+    assert all(status.ok for status in health.statuses(resting))
+    assert not all(status.ok for status in health.statuses(stack))

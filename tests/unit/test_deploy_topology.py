@@ -15,6 +15,7 @@ VARIABLES: dict[str, Any] = {
     "scenario": "pd-disaggregation",
     "vllm_servers": 3,
     "prefill_servers": 1,
+    "autoscaling_min_servers": 1,
     "vllm_base_port": 18100,
     "vllm_side_channel_base_port": 18300,
     "sidecar_base_port": 18200,
@@ -41,10 +42,23 @@ def test_the_ranks_of_wide_expert_parallelism_are_one_server() -> None:
     assert model_servers(VARIABLES | {"scenario": "wide-ep"}) == [ModelServer("moe-0", "both", 18100)]
 
 
+def test_servers_beyond_the_fewest_wait_for_a_scaler() -> None:
+    found = model_servers(VARIABLES | {"scenario": "autoscaling"})
+    assert [(server.name, server.standby) for server in found] == [
+        ("vllm-0", False),
+        ("vllm-1", True),
+        ("vllm-2", True),
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"scenario": "prefix"}, ["no scenario 'prefix'", "prefix-cache, pd-disaggregation or wide-ep"]),
+        ({"scenario": "prefix"}, ["no scenario 'prefix'", "prefix-cache, pd-disaggregation, wide-ep or autoscaling"]),
+        (
+            {"scenario": "autoscaling", "autoscaling_min_servers": 4},
+            ["autoscaling_min_servers is 4 of 3 vllm_servers", "lower autoscaling_min_servers"],
+        ),
         ({"vllm_servers": "many"}, ["vllm_servers is 'many'", "whole number"]),
         ({"vllm_servers": 0}, ["vllm_servers is 0"]),
         ({"prefill_servers": 3}, ["prefill_servers is 3 of 3", "no decode server"]),

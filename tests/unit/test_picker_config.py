@@ -108,8 +108,15 @@ def test_what_is_left_out_gets_llm_ds_defaults(tmp_path: Path) -> None:
         (changed(apiVersion="v2"), "apiVersion: Input should be 'llm-d.ai/v1alpha1', not 'v2'"),
         (changed(kind="Pod"), "kind: Input should be 'EndpointPickerConfig', not 'Pod'"),
         (changed(pluginz=[]), "unknown field 'pluginz'; the nearest known one is 'plugins'"),
-        (changed(flowControl={}), "flowControl is not part of the embedded picker"),
-        (changed(featureGates=["flowControl"]), "featureGates: the embedded picker has no feature gates"),
+        (changed(flowControl={}), "flowControl has no effect without its gate: add featureGates: [flowControl]"),
+        (changed(featureGates=["dataLayer"]), "featureGates[0]: the embedded picker has one, flowControl"),
+        (changed(flowControl={"maxBytes": "1Gi"}), "flowControl.maxBytes is not part of the embedded picker"),
+        (changed(flowControl={"maxRequest": 1}), "unknown field 'maxRequest' at flowControl; the nearest known one is"),
+        (changed(flowControl={"defaultRequestTTL": "soon"}), "flowControl.defaultRequestTTL: 'soon' is no duration"),
+        (
+            changed(featureGates=["flowControl"], flowControl={"saturationDetector": {"pluginRef": "queue-scorer"}}),
+            "plugin 'queue-scorer' is of type queue-scorer, which is not a saturation detector",
+        ),
         (changed(dataLayer={}), "dataLayer.discovery names no plugin"),
         (changed(dataLayer={"sources": []}), "dataLayer.sources is not part of the embedded picker"),
         (

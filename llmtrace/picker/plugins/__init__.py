@@ -4,6 +4,7 @@ from llmtrace.picker.plugins import (
     always_disagg_pd_decider,
     approx_prefix_cache_producer,
     by_label_filter,
+    concurrency_detector,
     decode_filter,
     disagg_profile_handler,
     file_discovery,
@@ -20,6 +21,7 @@ from llmtrace.picker.plugins import (
     random_picker,
     single_profile_handler,
     token_producer,
+    utilization_detector,
     weighted_random_picker,
 )
 
@@ -27,6 +29,7 @@ __all__ = [
     "always_disagg_pd_decider",
     "approx_prefix_cache_producer",
     "by_label_filter",
+    "concurrency_detector",
     "decode_filter",
     "disagg_profile_handler",
     "file_discovery",
@@ -43,5 +46,6 @@ __all__ = [
     "random_picker",
     "single_profile_handler",
     "token_producer",
+    "utilization_detector",
     "weighted_random_picker",
 ]

@@ -54,7 +54,7 @@ def present(supervisor, conf, check_mode):
             supervisor.launch(conf)
         return True, "started supervisord and every process"
     update = supervisor.pending() if check_mode else supervisor.update()
-    stopped = [process.name for process in supervisor.processes() if process.state in ("STOPPED", "EXITED", "FATAL")]
+    stopped = supervisor.down()
     if stopped and not check_mode:
         supervisor.revive()
     actions = str(update) + (f"; started again {', '.join(stopped)}" if stopped else "")

@@ -1,0 +1,4 @@
+"""Scaling decisions as traces.
+
+The embedded scaler, which applies the HorizontalPodAutoscaler's rules to a local stack.
+"""

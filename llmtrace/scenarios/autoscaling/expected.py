@@ -1,0 +1,36 @@
+"""The traces that the scenario must produce: one tree for each request, and one for each decision."""
+
+from __future__ import annotations
+
+from llmtrace.scenarios.autoscaling.arms import NAME
+from llmtrace.scenarios.expectation import Expectation
+from llmtrace.scenarios.required import expectation
+from llmtrace.semconv import attributes as a
+from llmtrace.semconv.definitions import registry
+from llmtrace.traces.model import Trace
+from llmtrace.traces.tempo import TempoClient
+
+REQUEST = "request"
+EXPECTATIONS = {form: expectation(registry(), NAME, form) for form in (REQUEST, a.SCALE_UP, a.SCALE_DOWN, a.SCALE_HOLD)}
+MOST_DECISIONS = 1000
+SLACK_S = 120
+"""Decisions of a run may be taken some time after its last request, and are sent when their effect is known."""
+
+
+def expected(trace: Trace) -> Expectation:
+    """What a trace must have: of a decision by its direction, else what a request has."""
+    root = next((s for s in trace.spans if s.name == a.DECISION_SPAN), None)
+    direction = root.attributes.get(a.SCALE_DIRECTION) if root else None
+    return EXPECTATIONS.get(str(direction), EXPECTATIONS[REQUEST])
+
+
+def decisions(store: TempoClient, start_ns: int, end_ns: int) -> list[Trace]:
+    """The traces of the decisions that were taken in this time, or soon after."""
+    found = store.search(
+        f'{{ name = "{a.DECISION_SPAN}" }}',
+        start_s=start_ns // 10**9,
+        end_s=end_ns // 10**9 + SLACK_S,
+        limit=MOST_DECISIONS,
+    )
+    traces = (store.trace(summary.trace_id) for summary in found)
+    return [t for t in traces if t is not None and t.spans]

@@ -1,0 +1,140 @@
+"""What the store adds to a decision: its drivers, and the times of a model's load; and what a query counts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from example_scaling import MODEL, REPORTS, SECOND, ns, record, request, starts
+
+from llmtrace.autoscale.evidence import MOST_READ, drivers, refine
+from llmtrace.semconv import attributes as a
+from llmtrace.traces.demand import Demand, Part, demand, stay
+from llmtrace.traces.model import Span, Trace
+from llmtrace.traces.tempo import TraceSummary
+
+
+@dataclass
+class Store:
+    """A store with these traces; it finds by span name, model, instance and time, as asked."""
+
+    traces: list[Trace]
+    read: list[str] = field(default_factory=list)
+
+    def search(self, q: str, *, start_s: int, end_s: int, limit: int) -> list[TraceSummary]:
+        name = re.search(r'name = "([^"]+)"', q)
+        model = re.search(rf'span\.{a.TARGET_MODEL} = "([^"]+)"', q)
+        instance = re.search(r'resource\.service\.instance\.id = "([^"]+)"', q)
+        assert limit <= MOST_READ
+        found = []
+        for trace in self.traces:
+            first = min(s.start_ns for s in trace.spans)
+            fits = any(
+                (not name or s.name == name[1])
+                and (not model or s.attributes.get(a.TARGET_MODEL) == model[1])
+                and (not instance or s.instance == instance[1])
+                for s in trace.spans
+            )
+            if fits and start_s <= first / SECOND <= end_s:
+                took = (max(s.end_ns for s in trace.spans) - first) // 1_000_000
+                found.append(TraceSummary(trace.trace_id, "", "", first, took, 1))
+        return found[:limit]
+
+    def trace(self, trace_id: str) -> Trace | None:
+        self.read.append(trace_id)
+        return next((t for t in self.traces if t.trace_id == trace_id), None)
+
+
+def store(*traces: Trace) -> Any:
+    return Store(list(traces))
+
+
+def test_the_drivers_are_those_that_waited_in_the_window() -> None:
+    kept = store(
+        request(1, 10, wait=20),  # waits through the window
+        request(2, 15, wait=14.5),  # until its middle
+        request(3, 10, wait=17),  # until before it
+        request(4, 31, wait=5),  # from after it
+        request(5, 10, wait=20, kind="chats"),  # of a model that the query does not count
+        request(6, 29.5, wait=0, run=9),  # runs, and never waited
+    )
+    found = drivers(kept, record(30, 1, 3, 2.0))
+    assert [int(s.trace_id, 16) for s in found] == [1, 2]
+    assert {int(i, 16) for i in kept.read} == {1, 2, 6}  # nothing else is even read
+    assert found[0].span_id == f"{2:016x}"  # that of gateway.request
+
+
+def test_a_decision_without_a_metric_has_no_drivers() -> None:
+    assert drivers(store(request(1, 10, wait=20)), record(30, 1, 1, None, metric=None)) == []
+
+
+def startup(name: str, loading: float, done: float) -> Trace:
+    resource = {"service.name": "vllm", "service.instance.id": name}
+    times = ((a.VLLM_CORE_SPAN, 26.0, done), (a.VLLM_LOADING_CPU_SPAN, loading, loading + 1))
+    spans = tuple(
+        Span("c" * 32, f"{n:016x}", None, what, "INTERNAL", ns(start), ns(end), resource=resource)
+        for n, (what, start, end) in enumerate(times, 1)
+    )
+    return Trace("c" * 32, spans)
+
+
+def test_vllms_own_spans_tell_when_the_model_was_loaded() -> None:
+    replica = starts("vllm-1", 25)  # by its log: 10 s, 5 s, then 2 s until ready
+    refine(store(startup("vllm-1", loading=34.2, done=39.1)), replica)
+    seconds = [(p.name, (p.end_ns - p.start_ns) / SECOND, p.source) for p in replica.phases]
+    assert seconds == [
+        (a.CONTAINER_START_SPAN, pytest.approx(9.2), a.SOURCE_SPANS),
+        (a.MODEL_LOAD_SPAN, pytest.approx(4.9), a.SOURCE_SPANS),
+        (a.READY_SPAN, pytest.approx(2.9), a.SOURCE_LOG),
+        (a.FIRST_REQUEST_SPAN, pytest.approx(1.0), a.SOURCE_LOG),
+    ]
+    assert all(
+        before.end_ns == after.start_ns for before, after in zip(replica.phases, replica.phases[1:], strict=False)
+    )
+
+
+@pytest.mark.parametrize("trace", [startup("vllm-2", 34, 39), startup("vllm-1", 34, 90)])
+def test_spans_of_another_replica_or_another_start_change_nothing(trace: Trace) -> None:
+    replica = starts("vllm-1", 25)
+    before = list(replica.phases)
+    refine(store(trace), replica)
+    assert replica.phases == before
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        (f'sum(llm_d_epp_flow_control_queue_size{{model_name="{REPORTS}"}})', Demand(Part.WAITING, REPORTS)),
+        (
+            'sum(llm_d_epp_request_running{job="picker",model_name="Qwen/Qwen3-32B"})',
+            Demand(Part.RUNNING, "Qwen/Qwen3-32B"),
+        ),
+        ("max(llm_d_epp_flow_control_pool_saturation)", Demand(Part.ALL)),
+        ("sum(inference_extension_flow_control_queue_size)", Demand(Part.WAITING)),
+        ('sum(inference_objective_running_requests{target_model_name = "a\\"b"})', Demand(Part.RUNNING, 'a"b')),
+        ("up", Demand(Part.ALL)),
+    ],
+)
+def test_what_a_query_counts(query: str, expected: Demand) -> None:
+    assert demand(query) == expected
+
+
+@pytest.mark.parametrize("queue_span", [True, False])
+def test_a_stay_by_the_queues_span_or_by_the_gap(queue_span: bool) -> None:
+    found = stay(request(1, 10, wait=4, run=2, kind="chats", queue_span=queue_span))
+    assert found is not None
+    assert (found.model, found.arrived_ns, found.dispatched_ns, found.ended_ns) == (MODEL, ns(10), ns(14), ns(16))
+
+
+def test_a_request_that_was_never_dispatched_waited_until_its_end() -> None:
+    whole = request(1, 10, wait=4, run=2)
+    refused = Trace(whole.trace_id, tuple(s for s in whole.spans if s.name != a.PROFILE_SPAN))
+    found = stay(refused)
+    assert found is not None
+    assert found.dispatched_ns == found.ended_ns == ns(16)
+
+
+def test_other_traces_are_no_stay() -> None:
+    assert stay(startup("vllm-1", 34, 39)) is None
