@@ -6,6 +6,7 @@ import pytest
 from commands import llmtrace
 
 from llmtrace.scenarios.pd_disaggregation import SCENARIO as PD
+from llmtrace.scenarios.wide_ep import SCENARIO as WIDE_EP
 from llmtrace.stack import Stack
 
 pytest.register_assert_rewrite("engine_servers", "engine_trees", "engine_workload")
@@ -39,8 +40,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def pd_stack() -> Stack:
-    """The running stack with prefill and decode servers; stood up for them if it is not."""
-    if Stack.load().scenario != PD.name:
-        done = llmtrace("up", "-e", f"scenario={PD.name}")
+    """The running stack with prefill and decode servers."""
+    return _stood_up(PD.name)
+
+
+@pytest.fixture(scope="module")
+def wide_ep_stack() -> Stack:
+    """The running stack with a mixture of experts on two ranks."""
+    return _stood_up(WIDE_EP.name)
+
+
+def _stood_up(scenario: str) -> Stack:
+    """The running stack of a scenario; stood up for it if it is not."""
+    if Stack.load().scenario != scenario:
+        done = llmtrace("up", "-e", f"scenario={scenario}")
         assert done.returncode == 0, done.stdout + done.stderr
     return Stack.load()

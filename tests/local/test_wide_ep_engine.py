@@ -48,7 +48,11 @@ class Server(ModelServer):
             *("--worker-extension-cls", "watched_ranks.WatchedRanks", *arguments),
             engines=engines,
             path=(SHIM, EXTENSIONS),
-            environment={"LLMTRACE_STEP_EVERY": "1", "WATCHED_RANKS_FOLDER": str(folder)},
+            environment={
+                "LLMTRACE_STEP_EVERY": "1",
+                "LLMTRACE_EXPERTS_EVERY": "1",
+                "WATCHED_RANKS_FOLDER": str(folder),
+            },
             model=tiny_model(kind),
         )
 

@@ -11,6 +11,8 @@ import pytest
 from engine_fakes import SAMPLED, UNSAMPLED, Request, Scheduler, Step
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -22,8 +24,9 @@ from llmtrace.engine.plugin import Plugin
 from llmtrace.engine.spans import phases as request_phases
 from llmtrace.engine.steps import ids
 from llmtrace.engine.steps.batch import ATTRIBUTE, Batch, Batches, batch_of
-from llmtrace.engine.steps.recorder import COMBINE, DISPATCH, EXPERTS, WAIT, Record, Recorder, phases
+from llmtrace.engine.steps.recorder import COMBINE, DISPATCH, EXPERTS, WAIT, Phases, Record, Recorder, phases
 from llmtrace.engine.steps.sender import Rank, Sender, attributes, node_name
+from llmtrace.engine.steps.totals import MOST_EXPERT_SERIES, Totals
 from llmtrace.engine.steps.worker import StepWorker, is_wanted, rank_of
 from llmtrace.semconv import attributes as names
 
@@ -239,13 +242,14 @@ def test_engines_of_other_models_count_nothing() -> None:
 class World:
     """A worker of vLLM's shape with two MoE layers; the work of each phase takes what the test says."""
 
-    def __init__(self, every: str = "1", group: str = "g") -> None:
+    def __init__(self, every: str = "1", group: str = "g", experts_every: str = "1") -> None:
         self.clock = Clock()
         self.guard = Guard()
         self.sent: list[Record] = []
         self.counts = Counts()
         self.monkey = pytest.MonkeyPatch()
         self.monkey.setenv(ids.EVERY_VARIABLE, every)
+        self.monkey.setenv(ids.EXPERTS_VARIABLE, experts_every)
         sender = SimpleNamespace(send=self.sent.append)
         self.recorder = Recorder(self.clock)
         self.steps = StepWorker(self.recorder, sender, self.counts)  # type: ignore[arg-type]
@@ -364,6 +368,19 @@ def test_the_phases_of_a_step() -> None:
     assert world.clock.ms(record.begin, record.end) == 2.0 + 0.125 + 7.0 + 1.0 + 22.0 + 0.5 + 0.5
 
 
+def test_one_in_so_many_traced_steps_tells_its_experts() -> None:
+    world = World(every="2", experts_every="3")
+    for number in range(2, 14, 2):
+        world.step(number)
+    assert [r.batch.number for r in world.sent if r.expert_tokens is not None] == [6, 12]
+    assert len(world.sent) == 6
+
+
+@pytest.mark.parametrize(("text", "every"), [("", 16), ("3", 6), ("0", 0), ("all", 0)])
+def test_how_many_steps_tell_their_experts(text: str, every: int) -> None:
+    assert ids.experts_every({ids.EVERY_VARIABLE: "2", ids.EXPERTS_VARIABLE: text}) == every
+
+
 def test_a_step_that_is_not_traced_leaves_no_mark() -> None:
     world = World()
     world.step(7, traced=False)
@@ -467,7 +484,9 @@ def test_phases_add_up_to_the_forward_and_the_waiting_before(
 
 def sender(clock: Clock, rank: Rank = RANK) -> tuple[Sender, InMemorySpanExporter]:
     exporter = InMemorySpanExporter()
-    return Sender(Guard(), clock, rank, SimpleSpanProcessor(exporter)), exporter
+    return Sender(
+        Guard(), clock, rank, SimpleSpanProcessor(exporter), Totals(rank.world, rank.ranks, rank.node)
+    ), exporter
 
 
 def record_of(number: int, callers: tuple[str, ...] = ()) -> Record:
@@ -519,6 +538,72 @@ def test_sending_never_waits(caplog: pytest.LogCaptureFixture) -> None:
     assert time.monotonic() - began < 1.0
     assert each.dropped >= 1500 - 1024 - 1
     assert threading.active_count() >= 2
+
+
+# Metrics.
+
+
+def sums(reader: InMemoryMetricReader) -> dict[str, dict[Any, float]]:
+    """The values of each metric by what is its own: a phase, a kind of tokens, an expert."""
+    data = reader.get_metrics_data()
+    found: dict[str, dict[Any, float]] = {}
+    for metric in data.resource_metrics[0].scope_metrics[0].metrics if data else []:
+        for point in metric.data.data_points:
+            own = dict(point.attributes or {})
+            assert (own.pop(names.WORLD_RANK), own.pop(names.NODE), own.pop(names.STEP_GROUP)) == (1, "node-a", "g")
+            ((_, key),) = own.items()
+            found.setdefault(metric.name, {})[key] = point.value  # type: ignore[union-attr]
+    return found
+
+
+def test_steps_are_summed_up_in_metrics() -> None:
+    reader = InMemoryMetricReader()
+    totals = Totals(1, 2, "node-a")
+    totals.publish(MeterProvider([reader]).get_meter("m"))
+    assert sums(reader) == {}, "before the first step its group is not known"
+    for tokens in ([5, 0, 3], [1, 1, 0]):
+        batch = Batch("g", 64, traced=True, prefill_tokens=6, decode_tokens=2)
+        record = Record(batch, 0, 0.0, computed_tokens=10, expert_tokens=SimpleNamespace(tolist=lambda t=tokens: t))
+        totals.add(record, Phases(4.0, 1.0, 2.0, 1.5, 0.5, 0, 1.0), 12.0)
+    totals.add(Record(Batch("g", 65, traced=True, dummy=True), 0, 0.0), None, 99.0)
+    assert sums(reader) == {
+        names.STEP_TIME_METRIC: pytest.approx(
+            {"attention": 0.008, "dispatch": 0.002, "experts": 0.004, "combine": 0.003, "wait": 0.001, "other": 0.006}
+        ),
+        names.STEPS_METRIC: {False: 2, True: 1},
+        names.STEP_TOKENS_METRIC: {"prefill": 12, "decode": 4, "padding": 4},
+        names.EXPERT_LOAD_METRIC: {0: 6, 1: 1, 2: 3},
+    }
+
+
+def test_a_sender_sums_up_what_it_sends() -> None:
+    reader = InMemoryMetricReader()
+    totals = Totals(RANK.world, RANK.ranks, RANK.node)
+    totals.publish(MeterProvider([reader]).get_meter("m"))
+    exporter = InMemorySpanExporter()
+    each = Sender(Guard(), Clock(), RANK, SimpleSpanProcessor(exporter), totals)
+    each.send(record_of(5))
+    spans_of(exporter, 1)
+    each.flush()
+    assert sums(reader)[names.STEPS_METRIC] == {False: 1, True: 0}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "experts", "telling"), [(16, 256, 16), (64, 256, 64), (256, 256, 64), (320, 256, 64)]
+)
+def test_series_of_experts_are_bounded_by_ranks_that_tell_none(ranks: int, experts: int, telling: int) -> None:
+    told = 0
+    for world in range(ranks):
+        reader = InMemoryMetricReader()
+        totals = Totals(world, ranks, "node-a")
+        totals.publish(MeterProvider([reader]).get_meter("m"))
+        tokens = SimpleNamespace(tolist=lambda: [1] * experts)
+        totals.add(Record(Batch("g", 64, traced=True), 0, 0.0, expert_tokens=tokens), None, 1.0)
+        data = reader.get_metrics_data()
+        assert data is not None
+        told += names.EXPERT_LOAD_METRIC in {m.name for m in data.resource_metrics[0].scope_metrics[0].metrics}
+    assert told == telling
+    assert told * experts <= MOST_EXPERT_SERIES
 
 
 def test_ranks_are_numbered_by_engine() -> None:

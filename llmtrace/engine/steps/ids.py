@@ -17,14 +17,26 @@ GROUP_VARIABLE = "LLMTRACE_STEP_GROUP"
 EVERY_VARIABLE = "LLMTRACE_STEP_EVERY"
 """Steps of which one is traced; 0 switches the feature off. The same on all ranks."""
 EVERY_DEFAULT = 64
+EXPERTS_VARIABLE = "LLMTRACE_EXPERTS_EVERY"
+"""Traced steps of which one tells the tokens of the experts since the last one that did; 0 for none."""
+EXPERTS_DEFAULT = 8
 _STORE_KEY = "llmtrace/step-group"
 
 
 def every(environment: Mapping[str, str] = os.environ) -> int:
     """Steps of which one is traced; 0 where none is, or where the variable is no number."""
-    text = environment.get(EVERY_VARIABLE, "").strip()
+    return _number(environment, EVERY_VARIABLE, EVERY_DEFAULT)
+
+
+def experts_every(environment: Mapping[str, str] = os.environ) -> int:
+    """Steps of which one tells the tokens of the experts; 0 where none does, or where the variable is no number."""
+    return every(environment) * _number(environment, EXPERTS_VARIABLE, EXPERTS_DEFAULT)
+
+
+def _number(environment: Mapping[str, str], variable: str, default: int) -> int:
+    text = environment.get(variable, "").strip()
     if not text:
-        return EVERY_DEFAULT
+        return default
     return int(text) if text.isascii() and text.isdigit() else 0
 
 

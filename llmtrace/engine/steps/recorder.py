@@ -13,8 +13,9 @@ from typing import Any
 
 from llmtrace.engine.steps.batch import Batch
 from llmtrace.engine.steps.clocks import Clock
+from llmtrace.semconv import attributes as names
 
-DISPATCH, EXPERTS, COMBINE, WAIT = "dispatch", "experts", "combine", "wait"
+DISPATCH, EXPERTS, COMBINE, WAIT = names.PHASE_DISPATCH, names.PHASE_EXPERTS, names.PHASE_COMBINE, names.PHASE_WAIT
 _NS_PER_MS = 1_000_000
 
 
@@ -35,6 +36,11 @@ class Record:
     """A tensor on the host, filled when ``end`` has come."""
     rearrangements: int = 0
     rearrangement_ms: float = 0.0
+
+    @property
+    def padded_tokens(self) -> int | None:
+        """Tokens computed for nobody; None where the forward was not seen."""
+        return None if self.computed_tokens is None else max(self.computed_tokens - self.batch.tokens, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Makes the spans of steps, in a thread of its own, when their marks have come."""
+"""Makes the spans of steps, in a thread of its own, when their marks have come, and sums them up for metrics."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from llmtrace.engine.steps.batch import MAX_LINKS
 from llmtrace.engine.steps.clocks import Clock
 from llmtrace.engine.steps.ids import span_id, trace_id
 from llmtrace.engine.steps.recorder import Phases, Record, phases
+from llmtrace.engine.steps.totals import Totals
 from llmtrace.semconv import attributes as names
 
 QUEUE_SIZE = 1024
@@ -76,8 +77,9 @@ class _GivenIds(IdGenerator):
 class Sender:
     """Takes records of one worker and exports their spans; the caller never waits."""
 
-    def __init__(self, guard: Guard, clock: Clock, rank: Rank, processor: SpanProcessor) -> None:
+    def __init__(self, guard: Guard, clock: Clock, rank: Rank, processor: SpanProcessor, totals: Totals) -> None:
         self.dropped = 0
+        self._totals = totals
         self._guard = guard
         self._clock = clock
         self._rank = rank
@@ -131,20 +133,21 @@ class Sender:
         self._ids.trace_id = trace_id(batch.group, batch.number)
         self._ids.span_id = span_id(batch.group, batch.number, self._rank.world)
         links = [Link(context) for context in map(_context, batch.callers) if context is not None]
+        found, lasted_ms = phases(record, self._clock), self._clock.ms(record.begin, record.end)
         span = self._tracer.start_span(
             names.STEP_SPAN,
             Context(),
-            attributes=attributes(record, phases(record, self._clock), self._rank),
+            attributes=attributes(record, found, self._rank),
             links=links,
             start_time=record.start_ns,
         )
-        span.end(record.start_ns + round(self._clock.ms(record.begin, record.end) * _NS_PER_MS))
+        span.end(record.start_ns + round(lasted_ms * _NS_PER_MS))
+        self._totals.add(record, found, lasted_ms)
 
 
 def attributes(record: Record, found: Phases | None, rank: Rank) -> dict[str, AttributeValue]:
     """What a step's span says."""
     batch = record.batch
-    computed = record.computed_tokens
     expert_tokens = None if record.expert_tokens is None else record.expert_tokens.tolist()
     told: dict[str, AttributeValue | None] = {
         names.STEP_GROUP: batch.group,
@@ -157,7 +160,7 @@ def attributes(record: Record, found: Phases | None, rank: Rank) -> dict[str, At
         names.STEP_DECODE_TOKENS: batch.decode_tokens,
         names.STEP_KV_READ_TOKENS: batch.kv_read_tokens,
         names.STEP_WAITING_REQUESTS: batch.waiting_requests,
-        names.STEP_PADDED_TOKENS: None if computed is None else max(computed - batch.tokens, 0),
+        names.STEP_PADDED_TOKENS: record.padded_tokens,
         names.DP_RANK: rank.dp,
         names.WORLD_RANK: rank.world,
         names.TP_RANK: rank.tp,

@@ -12,12 +12,14 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 from llmtrace.engine.compat import STEP_HOOKS, check, owner_of
 from llmtrace.engine.hooks import After, Before, Guard, logger, wrap
+from llmtrace.engine.meters import meter
 from llmtrace.engine.steps.batch import Batch, batch_of, first_rank
 from llmtrace.engine.steps.clocks import Clock, CudaClock, HostClock
 from llmtrace.engine.steps.experts import ExpertTokens
-from llmtrace.engine.steps.ids import GROUP_VARIABLE, every
+from llmtrace.engine.steps.ids import GROUP_VARIABLE, every, experts_every
 from llmtrace.engine.steps.recorder import COMBINE, DISPATCH, EXPERTS, WAIT, Recorder
 from llmtrace.engine.steps.sender import Rank, Sender, exporter, node_name
+from llmtrace.engine.steps.totals import Totals
 
 Bodies = dict[str, tuple[Before | None, After | None]]
 EAGER_ONLY = ("reduce_final_output", "all_reduce")
@@ -33,6 +35,7 @@ class StepWorker:
         self._expert_tokens = expert_tokens
         environment = os.environ
         self._every = every(environment)
+        self._experts_every = experts_every(environment)
         self._environment = environment
         self._group = ""
         self._number = 0
@@ -97,7 +100,8 @@ class StepWorker:
             self._expert_tokens.end()
         if not self.recorder.on:
             return
-        taken = None if self._expert_tokens is None else self._expert_tokens.take()
+        counts = self._expert_tokens
+        taken = None if counts is None or self._number % self._experts_every else counts.take()
         record = self.recorder.end()
         if record is not None:
             record.expert_tokens = taken
@@ -170,9 +174,12 @@ def step_worker(worker: Any, config: Any, guard: Guard) -> StepWorker | None:
     clock: Clock = HostClock() if worker.device.type == "cpu" else CudaClock(torch.cuda)
     rank = rank_of(worker, parallel, os.environ)
     endpoint = config.observability_config.otlp_traces_endpoint
-    sender = Sender(guard, clock, rank, BatchSpanProcessor(exporter(endpoint, os.environ)))
+    totals = Totals(rank.world, rank.ranks, rank.node)
+    guard.run("the metrics of steps", lambda: totals.publish(meter()))
+    sender = Sender(guard, clock, rank, BatchSpanProcessor(exporter(endpoint, os.environ)), totals)
     # Tensor-parallel ranks route the same tokens.
-    counts = ExpertTokens(torch, config.scheduler_config.max_num_batched_tokens) if rank.tp == 0 else None
+    told = rank.tp == 0 and experts_every(os.environ) > 0
+    counts = ExpertTokens(torch, config.scheduler_config.max_num_batched_tokens) if told else None
     logger.info("llmtrace: 1 in %d steps of rank %d of %d is traced", every(os.environ), rank.world, rank.ranks)
     return StepWorker(Recorder(clock), sender, counts)
 
