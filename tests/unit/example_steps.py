@@ -43,12 +43,16 @@ def step(
             a.NODE: f"node-{node}",
             a.STEP_RANKS: ranks,
             a.STEP_DUMMY: False,
+            a.STEP_PREFILL_TOKENS: 0,
             a.STEP_DECODE_TOKENS: 4,
+            a.STEP_PADDED_TOKENS: 0,
             a.STEP_ATTENTION: (attention_ms or {}).get(r, ATTENTION_MS),
             a.STEP_DISPATCH: dispatched - before[r],
             a.STEP_EXPERTS: experts[r],
             a.STEP_COMBINE: combined - dispatched - experts[r],
             a.STEP_WAIT: 0.0,
+            a.SLOWEST_LAYER: 0,
+            a.SLOWEST_LAYER_TIME: experts[r],
         }
         if tokens:
             attributes[a.EXPERT_TOKENS] = list(tokens)

@@ -17,7 +17,7 @@ from llmtrace.scenarios.wide_ep.steps import read_steps
 from llmtrace.scenarios.wide_ep.verify import step_faults
 from llmtrace.scenarios.wide_ep.waiting import balance_saving_ms, stragglers, waited
 from llmtrace.semconv import attributes as a
-from llmtrace.traces.model import Trace
+from llmtrace.traces.model import AttributeValue, Trace
 
 DELAY_MS = 20.0
 
@@ -73,6 +73,25 @@ def test_a_step_that_lacks_a_rank_or_has_one_twice_is_left_out_and_counted() -> 
     assert (found.count, found.partial) == (1, 3)
     with pytest.raises(UserError, match="engine_step"):
         read_steps([missing])
+
+
+@pytest.mark.parametrize("odd", ["4", None, [4], 2**70, 0.5])
+@pytest.mark.parametrize("name", [a.WORLD_RANK, a.STEP_PREFILL_TOKENS, a.STEP_ATTENTION, a.EXPERT_TOKENS])
+def test_what_is_no_number_makes_a_step_not_count_and_no_more(name: str, odd: AttributeValue) -> None:
+    whole, other = step(0, 4, tokens=[1, 2]), step(1, 4, tokens=[1, 2]).spans
+    changed = replace(other[2], attributes={**other[2].attributes, name: [odd] if name == a.EXPERT_TOKENS else odd})
+    found = read_steps([whole, Trace("b" * 32, (*other[:2], changed, other[3]))])
+    if name == a.EXPERT_TOKENS:
+        assert (found.count, found.expert_tokens.tolist()) == (2, [7, 14])
+    elif (name, odd) in ((a.STEP_ATTENTION, 0.5), (a.STEP_ATTENTION, 2**70)):
+        assert found.count == 2
+    else:
+        assert (found.count, found.partial) == (1, 1)
+
+
+def test_experts_of_which_a_later_step_knows_more() -> None:
+    found = read_steps([step(0, 2, tokens=[1, 2]), step(1, 2, tokens=[1, 2, 3])])
+    assert found.sent.tolist() == [[2, 4, 3]] * 2
 
 
 def test_skewed_experts_are_reported_with_their_shares() -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import struct
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from operator import itemgetter
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmtrace.errors import UserError
-from llmtrace.scenarios.facts import integer, items, number, text
+from llmtrace.scenarios.facts import items, text
 from llmtrace.semconv import attributes as a
-from llmtrace.traces.model import Attributes, AttributeValue, Span, Trace
+from llmtrace.traces.model import Attributes, AttributeValue, Trace
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -24,6 +26,17 @@ ATTRIBUTES = (a.STEP_ATTENTION, a.STEP_DISPATCH, a.STEP_EXPERTS, a.STEP_COMBINE,
 EXPERTS = PHASES.index("experts")
 COLLECTIVES = tuple(PHASES.index(name) for name in ("dispatch", "combine", "wait"))
 """The phases in which a rank may wait for others."""
+COLUMNS: dict[str, AttributeValue] = {
+    **dict.fromkeys((a.WORLD_RANK, a.STEP_RANKS, *ATTRIBUTES)),
+    **dict.fromkeys((a.DP_RANK, a.STEP_DUMMY, a.STEP_PREFILL_TOKENS, a.STEP_DECODE_TOKENS, a.STEP_PADDED_TOKENS), 0),
+    a.SLOWEST_LAYER: -1,
+    a.SLOWEST_LAYER_TIME: 0.0,
+    a.NODE: "",
+}
+"""What is read of each span, and what stands for it where a span does not say it; None: its step does not count."""
+TIMES = frozenset((a.SLOWEST_LAYER_TIME, *ATTRIBUTES))
+"""Those that are no whole numbers."""
+_all = itemgetter(*COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -89,10 +102,8 @@ class Steps:
 
 def read_steps(traces: Iterable[Trace]) -> Steps:
     """The whole steps among the traces; those of other spans are passed over. UserError where there is none."""
-    starts, rank, engine, node = array("q"), array("q"), array("q"), array("q")
-    tokens, dummy = array("q"), array("b")
-    start_ns, end_ns, phases, padded = array("q"), array("q"), array("d"), array("q")
-    layer, layer_ms = array("q"), array("d")
+    columns = {name: array("d" if name in TIMES else "q") for name in COLUMNS if name != a.NODE}
+    starts, node, start_ns, end_ns = array("q"), array("q"), array("q"), array("q")
     trace_ids: list[str] = []
     nodes: dict[str, int] = {}
     partial = 0
@@ -101,27 +112,20 @@ def read_steps(traces: Iterable[Trace]) -> Steps:
         spans = [span for span in trace.spans if span.name == a.STEP_SPAN]
         if not spans:
             continue
-        if not _is_whole(spans):
+        told = _told([span.attributes for span in spans])
+        if told is None:
             partial += 1
             continue
-        told = [span.attributes for span in spans]
         trace_ids.append(trace.trace_id)
-        starts.append(len(rank))
-        rank.extend(cast("list[int]", [t[a.WORLD_RANK] for t in told]))
-        engine.extend([integer(t.get(a.DP_RANK)) or 0 for t in told])
-        node.extend([nodes.setdefault(text(t.get(a.NODE)), len(nodes)) for t in told])
+        starts.append(len(node))
+        node.extend([nodes.setdefault(text(name), len(nodes)) for name in told.pop(a.NODE)])
         start_ns.extend([span.start_ns for span in spans])
         end_ns.extend([span.end_ns for span in spans])
-        dummy.extend([bool(t.get(a.STEP_DUMMY)) for t in told])
-        tokens.extend([_tokens(t) for t in told])
-        for t in told:
-            phases.extend(cast("list[float]", [t[name] for name in ATTRIBUTES]))
-            padded.append(integer(t.get(a.STEP_PADDED_TOKENS)) or 0)
-            slowest = integer(t.get(a.SLOWEST_LAYER))
-            layer.append(-1 if slowest is None else slowest)
-            layer_ms.append(number(t.get(a.SLOWEST_LAYER_TIME)) or 0.0)
-            if counts := items(t.get(a.EXPERT_TOKENS)):
-                world = cast("int", t[a.WORLD_RANK])
+        for name, values in told.items():
+            columns[name].extend(cast("array[int]", values))
+        for span in spans:
+            if counts := items(span.attributes.get(a.EXPERT_TOKENS)):
+                world = cast("int", span.attributes[a.WORLD_RANK])
                 sent[world] = _added(sent.get(world, np.zeros(0, dtype=np.int64)), counts)
     if not starts:
         raise UserError(
@@ -130,43 +134,57 @@ def read_steps(traces: Iterable[Trace]) -> Steps:
         )
     named = sorted(nodes)
     place = np.asarray([named.index(name) for name in nodes], dtype=np.int64)
+
+    def whole(name: str) -> Integers:
+        return np.frombuffer(columns[name], dtype=np.int64)
+
+    rank = whole(a.WORLD_RANK)
     return Steps(
         trace_ids=tuple(trace_ids),
         starts=np.frombuffer(starts, dtype=np.int64),
-        rank=np.frombuffer(rank, dtype=np.int64),
-        engine=np.frombuffer(engine, dtype=np.int64),
+        rank=rank,
+        engine=whole(a.DP_RANK),
         node=place[np.frombuffer(node, dtype=np.int64)],
         start_ns=np.frombuffer(start_ns, dtype=np.int64),
         end_ns=np.frombuffer(end_ns, dtype=np.int64),
-        phases=np.frombuffer(phases, dtype=np.float64).reshape(-1, len(PHASES)),
-        tokens=np.frombuffer(tokens, dtype=np.int64),
-        padded=np.frombuffer(padded, dtype=np.int64),
-        dummy=np.frombuffer(dummy, dtype=np.int8).astype(np.bool_),
-        layer=np.frombuffer(layer, dtype=np.int64),
-        layer_ms=np.frombuffer(layer_ms, dtype=np.float64),
+        phases=np.column_stack([np.frombuffer(columns[name], dtype=np.float64) for name in ATTRIBUTES]),
+        tokens=whole(a.STEP_PREFILL_TOKENS) + whole(a.STEP_DECODE_TOKENS),
+        padded=whole(a.STEP_PADDED_TOKENS),
+        dummy=whole(a.STEP_DUMMY).astype(np.bool_),
+        layer=whole(a.SLOWEST_LAYER),
+        layer_ms=np.frombuffer(columns[a.SLOWEST_LAYER_TIME], dtype=np.float64),
         nodes=tuple(named),
         partial=partial,
-        sent=_matrix(sent, 1 + max(rank)),
+        sent=_matrix(sent, 1 + int(rank.max())),
     )
 
 
-def _is_whole(spans: Sequence[Span]) -> bool:
-    """Whether the step has one span of each of its ranks, and each says what is read of it."""
-    ranks = [span.attributes.get(a.WORLD_RANK) for span in spans]
-    if not all(isinstance(rank, int) for rank in ranks) or len(set(ranks)) != len(spans):
-        return False
-    if len(spans) != spans[0].attributes.get(a.STEP_RANKS):
-        return False
-    return all(isinstance(span.attributes.get(name), int | float) for span in spans for name in ATTRIBUTES)
-
-
-def _tokens(told: Attributes) -> int:
-    return (integer(told.get(a.STEP_PREFILL_TOKENS)) or 0) + (integer(told.get(a.STEP_DECODE_TOKENS)) or 0)
+def _told(spans: Sequence[Attributes]) -> dict[str, Sequence[AttributeValue] | array[Any]] | None:
+    """The columns of a step; None where it has not one span of each of its ranks that says what is read of it."""
+    try:
+        rows = [_all(told) for told in spans]
+    except KeyError:
+        rows = [tuple(told.get(name, default) for name, default in COLUMNS.items()) for told in spans]
+    found: dict[str, Sequence[AttributeValue] | array[Any]] = dict(zip(COLUMNS, zip(*rows, strict=True), strict=True))
+    try:
+        for name in COLUMNS:
+            if name != a.NODE:
+                found[name] = array("d" if name in TIMES else "q", cast("Sequence[int]", found[name]))
+    except (TypeError, OverflowError):
+        return None
+    is_whole = len(spans) == found[a.STEP_RANKS][0] and len(set(found[a.WORLD_RANK])) == len(spans)
+    return found if is_whole else None
 
 
 def _added(total: Integers, counts: Sequence[AttributeValue]) -> Integers:
-    """The sum of two counts of tokens by expert, of which one may know fewer experts."""
-    found = np.asarray(counts, dtype=np.int64)
+    """The sum of two counts of tokens by expert, of which one may know fewer experts; one that is none adds nothing."""
+    try:
+        # Of all ways from a list to an array the fastest, and a trace of many ranks has many lists.
+        found = np.frombuffer(struct.pack(f"{len(counts)}q", *counts), dtype=np.int64)
+    except struct.error:
+        return total
+    if len(found) == len(total):
+        return total + found
     size = max(len(total), len(found))
     return np.pad(total, (0, size - len(total))) + np.pad(found, (0, size - len(found)))
 
