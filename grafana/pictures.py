@@ -24,7 +24,7 @@ import httpx
 from grafana.generate import FOLDER
 from grafana.substitute import built_in, defaults, substitute
 
-SCRAPE_S, MOST_POINTS = 5, 100
+SCRAPE_S, MOST_POINTS, MOST_COLUMNS = 5, 100, 30
 COLUMN_PX, HEIGHT_PX, GAP_PX, AXIS_PX = 50, 130, 20, 50
 EXTENT: dict[str, Any] = {"minExtent": AXIS_PX - 12, "maxExtent": AXIS_PX - 12}
 """Of the vertical axis, so that panels below each other are aligned."""
@@ -184,10 +184,10 @@ def _lines(panel: Mapping[str, Any], found: Sequence[Point], when: Range, number
 
 
 def _map(found: Sequence[Point], when: Range, number: str) -> alt.Chart:
-    """A row for each series, in the order of their numbers."""
-    rows = [
-        {"time": p.time * 1000, "until": (p.time + when.step) * 1000, "row": p.series, "value": p.value} for p in found
-    ]
+    """A row for each series, in the order of their numbers, and no more columns than can be told apart."""
+    step = when.step * max(math.ceil(when.seconds / when.step / MOST_COLUMNS), 1)
+    found = [p for p in found if round(p.time - when.start) % step < when.step]
+    rows = [{"time": p.time * 1000, "until": (p.time + step) * 1000, "row": p.series, "value": p.value} for p in found]
     order = sorted({p.series for p in found}, key=float)
     drawn: alt.Chart = (
         alt.Chart(alt.InlineData(values=rows))

@@ -232,6 +232,7 @@ def _heatmap(item: Panel) -> heatmap.Panel:
         .color(colours.scheme("Viridis").scale(heatmap_models.HeatmapColorScale.LINEAR).steps(64).min(0))
         .cell_values(heatmap.CellValues().unit(item.unit))
         .y_axis(heatmap.YAxisConfig().reverse(True))
+        .scale_distribution(common.ScaleDistributionConfig().type(kinds.ScaleDistribution.LINEAR))
         .show_legend()
         .show_tooltip()
         .hide_y_histogram()

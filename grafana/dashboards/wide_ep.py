@@ -15,7 +15,6 @@ RANK, EXPERT = "llmtrace_rank_world", "llmtrace_moe_expert_id"
 STRAGGLING = "llmtrace:rank_straggling:ratio_rate5m"
 DUMMY = ',llmtrace_step_dummy="true"'
 PADDING, WORK = ',llmtrace_step_work="padding"', ',llmtrace_step_work!="padding"'
-MOST_SHOWN = 8
 
 
 def grows(metric: str, by: str = "", more: str = "") -> str:
@@ -90,27 +89,26 @@ STRAGGLERS = Row(
         Panel(
             "Who is waited for",
             "Share of a step that the other ranks spend in collectives longer than this rank does: they wait for it. "
-            "The ranks that are waited for most; the alert LLMRankStraggles goes by the same number.",
+            "The ranks for which it is more than 1 %; the alert LLMRankStraggles goes by the same number.",
             "percentunit",
             (
                 Query(
-                    f"topk({MOST_SHOWN}, max by ({RANK}, llmtrace_rank_node, llmtrace_role) ({STRAGGLING}{{{RANKS}}}))",
+                    f"max by ({RANK}, llmtrace_rank_node, llmtrace_role) ({STRAGGLING}{{{RANKS}}}) > 0.01",
                     "{{llmtrace_role}} rank {{llmtrace_rank_world}} on {{llmtrace_rank_node}}",
+                    may_be_empty="no rank is waited for where all are equally fast, and rules take minutes to tell",
                 ),
             ),
             thresholds=limits(0.05, 0.1),
+            height=9,
         ),
         Panel(
-            "Work of a step by rank",
-            "Tokens that a rank computes for requests in a step, in the mean; the ranks with most. A rank that is "
-            "waited for and has no more of them than others is slow for another reason.",
+            "Work by rank",
+            "Tokens that a rank computes for requests in a step, in the mean; a row is a rank. One that is waited for "
+            "and has no more of them than others is slow for another reason.",
             "short",
-            (
-                Query(
-                    f"topk({MOST_SHOWN}, {grows(TOKENS, RANK, WORK)} / ({grows(STEPS, RANK)} > 0))",
-                    "rank {{llmtrace_rank_world}}",
-                ),
-            ),
+            (Query(f"{grows(TOKENS, RANK, WORK)} / ({grows(STEPS, RANK)} > 0)", "{{llmtrace_rank_world}}"),),
+            kind="heatmap",
+            height=9,
         ),
         map_of_ranks("Experts by rank", "Computing the rank's experts.", "experts"),
         map_of_ranks("Attention by rank", "Between MoE layers, and what the layers leave.", "attention|other"),
@@ -149,15 +147,17 @@ EXPERTS = Row(
             height=11,
         ),
         Panel(
-            "Fullest experts",
-            "Share of all tokens, of the experts that get most.",
-            "percentunit",
+            "Full experts",
+            "Experts that get more than one and a half times the mean, in multiples of it.",
+            "short",
             (
                 Query(
-                    f"topk({MOST_SHOWN}, {share(grows(LOAD, EXPERT), grows(LOAD))})",
+                    f"{share(grows(LOAD, EXPERT), f'avg({grows(LOAD, EXPERT)})')} > 1.5",
                     "expert {{llmtrace_moe_expert_id}}",
+                    may_be_empty="no expert gets so much where the load is even",
                 ),
             ),
+            thresholds=limits(2, 4),
             width=6,
             height=11,
         ),
