@@ -14,11 +14,10 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 
+from manifests.checks import definitions
 from manifests.checks.render import Object
 
 KUBERNETES = "1.34"
-FOLDER = Path(__file__).with_name("crds")
-"""Schemas of custom resources, made by manifests.checks.vendor."""
 
 
 def violations(item: Object) -> tuple[str, ...]:
@@ -31,7 +30,7 @@ def violations(item: Object) -> tuple[str, ...]:
 def _violations(text: str) -> tuple[str, ...]:
     item = json.loads(text)
     group, _, version = item["apiVersion"].rpartition("/")
-    path = FOLDER / f"{group}_{version}_{item['kind']}.json"
+    path = definitions.folder() / f"{group}_{version}_{item['kind']}.json"
     if path.is_file():
         return tuple(f"{_place(error)}: {error.message[:300]}" for error in _validator(path).iter_errors(item))
     try:
@@ -39,7 +38,9 @@ def _violations(text: str) -> tuple[str, ...]:
     except kubernetes_validate.ValidationError as error:
         return (f"{'.'.join(str(part) for part in error.path)}: {error.message[:300]}",)
     except kubernetes_validate.SchemaNotFoundError:
-        return (f"there is no schema of {item['apiVersion']} {item['kind']}; add it in manifests/checks/vendor.py",)
+        return (
+            f"there is no schema of {item['apiVersion']} {item['kind']}; add it in manifests/checks/definitions.py",
+        )
     return ()
 
 

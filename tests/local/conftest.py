@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from commands import llmtrace
 
+from llmtrace.scenarios.autoscaling import SCENARIO as AUTOSCALING
 from llmtrace.scenarios.pd_disaggregation import SCENARIO as PD
 from llmtrace.scenarios.wide_ep import SCENARIO as WIDE_EP
 from llmtrace.stack import Stack
@@ -16,6 +19,7 @@ LAST = (
     "test_walkthrough.py",
     "test_autoscaling.py",
     "test_dashboards_autoscaling.py",
+    "test_autoscaling_faults.py",
     "test_wide_ep.py",
     "test_dashboards_wide_ep.py",
     "test_pd_disaggregation.py",
@@ -24,7 +28,7 @@ LAST = (
     "test_conformance.py",
 )
 """The walkthrough leaves the last scenario's topology, which its tests go on with; conformance looks at everything that
-the others left in the store.
+these tests left in the store.
 """
 
 
@@ -38,20 +42,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=rank)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def began() -> float:
+    """When the first of these tests began, in seconds since the epoch: what the store had before is not theirs."""
+    return time.time()
+
+
 @pytest.fixture(scope="module")
 def pd_stack() -> Stack:
-    """The running stack with prefill and decode servers."""
-    return _stood_up(PD.name)
+    """The running stack with prefill and decode servers; stood up for them if it is not."""
+    return _stack_of(PD.name)
 
 
 @pytest.fixture(scope="module")
 def wide_ep_stack() -> Stack:
-    """The running stack with a mixture of experts on two ranks."""
-    return _stood_up(WIDE_EP.name)
+    """The running stack with a mixture of experts on two ranks; stood up for it if it is not."""
+    return _stack_of(WIDE_EP.name)
 
 
-def _stood_up(scenario: str) -> Stack:
-    """The running stack of a scenario; stood up for it if it is not."""
+@pytest.fixture(scope="module")
+def autoscaling_stack() -> Stack:
+    """The running stack with a scaler; stood up for it if it is not."""
+    return _stack_of(AUTOSCALING.name)
+
+
+def _stack_of(scenario: str) -> Stack:
     if Stack.load().scenario != scenario:
         done = llmtrace("up", "-e", f"scenario={scenario}")
         assert done.returncode == 0, done.stdout + done.stderr

@@ -28,12 +28,8 @@ STARTED = (a.CONTAINER_START_SPAN, a.MODEL_LOAD_SPAN, a.READY_SPAN)
 
 
 @pytest.fixture(scope="module")
-def stack() -> Stack:
-    """The running stack with a scaler; stood up for it if it is not."""
-    if Stack.load().scenario != SCENARIO.name:
-        done = llmtrace("up", "-e", f"scenario={SCENARIO.name}")
-        assert done.returncode == 0, done.stdout + done.stderr
-    return Stack.load()
+def stack(autoscaling_stack: Stack) -> Stack:
+    return autoscaling_stack
 
 
 @pytest.fixture(scope="module")

@@ -188,6 +188,7 @@ class Sidecar:
     async def spans_up_to(self, name: str) -> list[Span]:
         """All spans, once there is one of this name."""
         await self._until(lambda: any(span.name == name for span in self.memory.ended))
+        assert any(span.name == name for span in self.memory.ended), [span.name for span in self.memory.ended]
         return self.memory.spans()
 
     async def _until(self, condition: Callable[[], bool]) -> None:

@@ -7,8 +7,8 @@ import json
 import jsonschema
 import pytest
 
-from manifests.checks.schemas import FOLDER, violations
-from manifests.checks.vendor import SOURCES, closed
+from manifests.checks.definitions import SOURCES, closed, folder
+from manifests.checks.schemas import violations
 
 DEFINITION = {
     "description": "A thing.",
@@ -32,7 +32,7 @@ DEFINITION = {
 
 def test_every_kind_that_is_wanted_has_its_schema() -> None:
     kinds = {kind for source in SOURCES for kind in source.kinds}
-    assert sorted(path.stem.rpartition("_")[2] for path in FOLDER.glob("*.json")) == sorted(kinds)
+    assert sorted(path.stem.rpartition("_")[2] for path in folder().glob("*.json")) == sorted(kinds)
     assert all(source.checksum.startswith("h1:") and len(source.files) >= 1 for source in SOURCES)
 
 
@@ -64,4 +64,6 @@ def test_what_fits(spec: object, fits: bool) -> None:
 
 def test_a_kind_without_a_schema_is_said() -> None:
     item = {"apiVersion": "example.com/v1", "kind": "Thing", "metadata": {"name": "any"}}
-    assert violations(item) == ("there is no schema of example.com/v1 Thing; add it in manifests/checks/vendor.py",)
+    assert violations(item) == (
+        "there is no schema of example.com/v1 Thing; add it in manifests/checks/definitions.py",
+    )

@@ -1,27 +1,30 @@
-"""Make the schemas of custom resources from their projects' definitions: ``python -m manifests.checks.vendor``.
+"""Schemas of custom resources, made from their projects' definitions.
 
-Each definition is a file of a Go module, whose version and checksum (as in a go.sum) are pinned here. Needs Go and its
-module proxy; what it makes is checked in, without descriptions.
+Each definition is a file of a Go module, whose version and checksum (as in a go.sum) are pinned here. The schemas are
+made once, into the kit's cache. That needs Go's module proxy and the Go beside this Python.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from llmtrace.errors import UserError
-from manifests.checks.schemas import FOLDER
+from llmtrace.stack import cache_home
 
 TIMEOUT_S = 300.0
+GO = Path(sys.executable).with_name("go")
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ SOURCES = (
 def archive(source: Source) -> Path:
     """The module's archive in Go's cache, downloaded where it is not there yet; raises UserError."""
     done = subprocess.run(  # noqa: S603
-        [_go(), "mod", "download", "-json", f"{source.module}@{source.version}"],
+        [GO, "mod", "download", "-json", f"{source.module}@{source.version}"],
         env=os.environ | {"GOTOOLCHAIN": "local", "GOFLAGS": "-mod=mod"},
         cwd="/",
         capture_output=True,
@@ -108,15 +111,8 @@ def archive(source: Source) -> Path:
             f"{found.get('Error', done.stderr.strip())}"
         )
     # It says where an archive is only of modules that it would build.
-    asked = subprocess.run([_go(), "env", "GOMODCACHE"], capture_output=True, text=True, check=True)  # noqa: S603
+    asked = subprocess.run([GO, "env", "GOMODCACHE"], capture_output=True, text=True, check=True)  # noqa: S603
     return Path(asked.stdout.strip(), "cache", "download", source.module, "@v", f"{source.version}.zip")
-
-
-def _go() -> str:
-    found = shutil.which("go")
-    if found is None:
-        raise UserError("go is not on PATH; install it, or take the schemas as they are checked in")
-    return found
 
 
 def closed(schema: Any, *, top: bool = False) -> Any:
@@ -159,21 +155,20 @@ def schemas(source: Source) -> dict[str, str]:
     return made
 
 
-def main() -> int:
-    """Write the schemas; returns the exit code."""
-    FOLDER.mkdir(exist_ok=True)
-    for old in FOLDER.glob("*.json"):
-        old.unlink()
-    try:
-        for source in SOURCES:
-            for name, text in schemas(source).items():
-                (FOLDER / name).write_text(text, encoding="utf-8")
-                print(f"{name}: {len(text)} bytes, from {source.module} {source.version}")
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+@cache
+def folder() -> Path:
+    """The folder of the schemas, made where it is not there yet; raises UserError."""
+    # What it holds follows from this file alone.
+    wanted = cache_home() / "custom-resources" / hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    if not wanted.is_dir():
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=wanted.parent, suffix=".partial") as making:
+            made = Path(making, "made")
+            made.mkdir()
+            for source in SOURCES:
+                for name, text in schemas(source).items():
+                    made.joinpath(name).write_text(text, encoding="utf-8")
+            # Another process may have been faster.
+            if not wanted.is_dir():
+                made.rename(wanted)
+    return wanted
