@@ -32,14 +32,14 @@ NOT_ON_A_HEALTHY_STACK = {
     "otelcol_processor_tail_sampling_sampling_trace_dropped_too_early_total": "gateways only",
 }
 """Metrics of alerts that have no series here, and why."""
-ONLY_IN = {
+OF_A_SCENARIO = {
     "vllm:nixl_": "pd-disaggregation",
     "llmtrace_autoscale_": "autoscaling",
     "llm_d_epp_flow_control_": "autoscaling",
     "llmtrace_step_": "wide-ep",
     "llmtrace:rank_": "wide-ep",
 }
-"""Beginnings of metrics that alerts look at, and the scenario that has them."""
+"""How metrics of alerts begin that only one scenario's stack has, and which."""
 
 
 def traffic(stack: Stack) -> None:
@@ -116,7 +116,7 @@ def without_data(stack: Stack, fewest: int = 60) -> list[str]:
 
 
 def rules_without_data(stack: Stack) -> list[str]:
-    """The selectors of rules that match no series, except for what a healthy stack of its scenario has not."""
+    """The selectors of alerts and recording rules that match no series, but for what this stack need not have."""
     empty: list[str] = []
     end = time.time()
     with prometheus(stack) as client:
@@ -126,7 +126,7 @@ def rules_without_data(stack: Stack) -> list[str]:
                 for node in nodes(tree):
                     if node.get("type") not in ("vectorSelector", "matrixSelector"):
                         continue
-                    if node["name"] in NOT_ON_A_HEALTHY_STACK or _is_elsewhere(node["name"], stack):
+                    if node["name"] in NOT_ON_A_HEALTHY_STACK or elsewhere(node["name"], stack):
                         continue
                     told = {"match[]": selector(node), "start": end - RANGE_S, "end": end}
                     if not client.post("/api/v1/series", data=told).json()["data"]:
@@ -134,8 +134,9 @@ def rules_without_data(stack: Stack) -> list[str]:
     return empty
 
 
-def _is_elsewhere(metric: str, stack: Stack) -> bool:
-    return any(metric.startswith(name) and scenario != stack.scenario for name, scenario in ONLY_IN.items())
+def elsewhere(metric: str, stack: Stack) -> bool:
+    """Whether only another scenario's stack has the metric."""
+    return any(metric.startswith(prefix) for prefix, of in OF_A_SCENARIO.items() if of != stack.scenario)
 
 
 def alerts() -> set[str]:
