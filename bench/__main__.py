@@ -12,6 +12,7 @@ MODULES = (
     "bench.store",
     "bench.collector",
     "bench.answers",
+    "bench.wide_ep",
     "bench.autoscaling",
 )
 

@@ -39,15 +39,16 @@ class Query:
 class Panel:
     """Metrics over time, or their last values. ``scenario`` is the only one in which there is data, if not in all.
 
-    ``unit`` is one of Grafana's unit ids. ``endpoint_label`` is the label of the series that names a model server:
-    they then link to the engine's dashboard.
+    In a heat map each series is a row, in the order of its legend, which must be a number. ``unit`` is one of Grafana's
+    unit ids. ``endpoint_label`` is the label of the series that names a model server: they then link to the engine's
+    dashboard.
     """
 
     title: str
     description: str
     unit: str
     queries: tuple[Query, ...]
-    kind: Literal["timeseries", "stat"] = "timeseries"
+    kind: Literal["timeseries", "stat", "heatmap"] = "timeseries"
     thresholds: Thresholds = NO_LIMIT
     width: int = 12
     height: int = 8

@@ -24,8 +24,10 @@ import httpx
 from grafana.generate import FOLDER
 from grafana.substitute import built_in, defaults, substitute
 
-SCRAPE_S, MOST_POINTS = 5, 100
+SCRAPE_S, MOST_POINTS, MOST_COLUMNS = 5, 100, 30
 COLUMN_PX, HEIGHT_PX, GAP_PX, AXIS_PX = 50, 130, 20, 50
+EXTENT: dict[str, Any] = {"minExtent": AXIS_PX - 12, "maxExtent": AXIS_PX - 12}
+"""Of the vertical axis, so that panels below each other are aligned."""
 NUMBERS = {
     "percentunit": "format({0}, '.2~%')",
     "s": "{0} < 300 ? format({0}, '.3~s') + 's' : format({0} / 60, '.3~r') + ' min'",
@@ -121,7 +123,7 @@ def picture(client: httpx.Client, dashboard: Mapping[str, Any], when: Range) -> 
 
 
 def chart(panel: Mapping[str, Any], found: Sequence[Point], when: Range) -> alt.LayerChart | alt.Chart:
-    """One panel: lines, areas, or the last value. A line goes on over times without a value."""
+    """One panel: lines, areas, a heat map, or the last value. A line goes on over times without a value."""
     field = panel["fieldConfig"]["defaults"]
     single = panel["type"] == "stat"
     box: dict[str, Any] = {
@@ -137,6 +139,8 @@ def chart(panel: Mapping[str, Any], found: Sequence[Point], when: Range) -> alt.
         last = found[-1].value
         colour = [colour for limit, colour in steps if last >= limit][-1]
         return _text(alt.ExprRef(number.replace("datum.value", repr(last))), colour, 30).properties(**box)
+    if panel["type"] == "heatmap":
+        return _map(found, when, number).properties(**box)
     drawn = _lines(panel, found, when, number)
     highest = max(p.value for p in found)
     limits = [{"value": limit, "colour": colour} for limit, colour in steps if 0 <= limit <= highest * 1.2]
@@ -164,22 +168,47 @@ def _lines(panel: Mapping[str, Any], found: Sequence[Point], when: Range, number
     top = {"domainMax": field["max"]} if "max" in field else {}
     if not any(p.value for p in found):
         top.setdefault("domainMax", 1)
-    times = alt.Scale(domain=[when.start * 1000, when.end * 1000])
     drawn: alt.Chart = (
         base.mark_area(opacity=0.6, clip=True) if stacked else base.mark_line(strokeWidth=1.5, clip=True)
     ).encode(
-        x=alt.X(
-            "time:T", axis=alt.Axis(format="%H:%M" if when.seconds > 600 else "%H:%M:%S", tickCount=4), scale=times
-        ),
+        x=_times(when),
         y=alt.Y(
             "value:Q",
-            axis=alt.Axis(labelExpr=number, tickCount=4, minExtent=AXIS_PX - 12, maxExtent=AXIS_PX - 12),
+            axis=alt.Axis(labelExpr=number, tickCount=4, **EXTENT),
             scale=alt.Scale(domainMin=0, **top),
             stack="zero" if stacked else None,
         ),
         color=alt.Color("series:N"),
     )
     return drawn
+
+
+def _map(found: Sequence[Point], when: Range, number: str) -> alt.Chart:
+    """A row for each series, in the order of their numbers, and no more columns than can be told apart."""
+    step = when.step * max(math.ceil(when.seconds / when.step / MOST_COLUMNS), 1)
+    found = [p for p in found if round(p.time - when.start) % step < when.step]
+    rows = [{"time": p.time * 1000, "until": (p.time + step) * 1000, "row": p.series, "value": p.value} for p in found]
+    order = sorted({p.series for p in found}, key=float)
+    drawn: alt.Chart = (
+        alt.Chart(alt.InlineData(values=rows))
+        .mark_rect(clip=True)
+        .encode(
+            x=_times(when),
+            x2="until:T",
+            y=alt.Y("row:O", sort=order, axis=alt.Axis(labelOverlap=True, grid=False, **EXTENT)),
+            color=alt.Color(
+                "value:Q",
+                scale=alt.Scale(scheme="viridis", domainMin=0),
+                legend=alt.Legend(direction="horizontal", labelExpr=number, gradientLength=200, gradientThickness=8),
+            ),
+        )
+    )
+    return drawn
+
+
+def _times(when: Range) -> alt.X:
+    axis = alt.Axis(format="%H:%M" if when.seconds > 600 else "%H:%M:%S", tickCount=4)
+    return alt.X("time:T", axis=axis, scale=alt.Scale(domain=[when.start * 1000, when.end * 1000]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

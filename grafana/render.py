@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 
-from grafana_foundation_sdk.builders import common, prometheus, stat, table, tempo, text, timeseries
+from grafana_foundation_sdk.builders import common, heatmap, prometheus, stat, table, tempo, text, timeseries
 from grafana_foundation_sdk.builders import dashboard as builders
 from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.runtime import UnknownDataquery
 from grafana_foundation_sdk.models import common as kinds
 from grafana_foundation_sdk.models import dashboard as models
+from grafana_foundation_sdk.models import heatmap as heatmap_models
 from grafana_foundation_sdk.models import text as text_models
 
 from grafana.board import Board, Item, JaegerTable, Note, Panel, Query, Row, TextVariable, Thresholds, TraceTable
@@ -38,7 +39,7 @@ VARIABLES = (
     ),
 )
 """Name, label, query and description of the variables that every dashboard has, each dependent on those before it."""
-PanelBuilder = timeseries.Panel | stat.Panel
+PanelBuilder = timeseries.Panel | stat.Panel | heatmap.Panel
 
 
 def to_json(board: Board) -> str:
@@ -177,7 +178,13 @@ def _table(item: TraceTable | JaegerTable, datasource: models.DataSourceRef) -> 
 
 
 def _metrics(item: Panel) -> PanelBuilder:
-    made = _stat() if item.kind == "stat" else _timeseries(item)
+    match item.kind:
+        case "stat":
+            made: PanelBuilder = _stat()
+        case "heatmap":
+            made = _heatmap(item)
+        case "timeseries":
+            made = _timeseries(item)
     made.title(item.title).description(item.description).unit(item.unit).datasource(PROMETHEUS)
     made.span(item.width).height(item.height).min(0).thresholds(_thresholds(item.thresholds))
     if item.maximum is not None:
@@ -214,6 +221,21 @@ def _stat() -> stat.Panel:
         .reduce_options(_last())
         .color_mode(kinds.BigValueColorMode.VALUE)
         .graph_mode(kinds.BigValueGraphMode.AREA)
+    )
+
+
+def _heatmap(item: Panel) -> heatmap.Panel:
+    colours = heatmap.HeatmapColorOptions().mode(heatmap_models.HeatmapColorMode.SCHEME)
+    return (
+        heatmap.Panel()
+        .calculate(False)
+        .color(colours.scheme("Viridis").scale(heatmap_models.HeatmapColorScale.LINEAR).steps(64).min(0))
+        .cell_values(heatmap.CellValues().unit(item.unit))
+        .y_axis(heatmap.YAxisConfig().reverse(True))
+        .scale_distribution(common.ScaleDistributionConfig().type(kinds.ScaleDistribution.LINEAR))
+        .show_legend()
+        .show_tooltip()
+        .hide_y_histogram()
     )
 
 

@@ -116,7 +116,7 @@ def answer(
     scenario = scenario_of(name)
     tempo = TempoClient(store or Stack.load().store)
     run_id = run_id or latest_run(tempo, name)
-    traces = load_run(tempo, run_id)
+    traces = load_run(tempo, run_id, linked=scenario.linked)
     spans = [s for trace in traces for s in trace.spans]
     others = scenario.also(tempo, min(s.start_ns for s in spans), max(s.end_ns for s in spans)) if spans else []
     found = scenario.answer(run_id, [*traces, *others])

@@ -29,6 +29,19 @@ SHOWN: dict[str, dict[str, str]] = {
         "gen_ai.usage.cache_read.input_tokens": "cached",
         "llmtrace.gateway.ttft_ms": "ttft ms",
     },
+    "engine_step": {
+        "llmtrace.step.number": "step",
+        "llmtrace.rank.world": "rank",
+        "llmtrace.rank.node": "node",
+        "llmtrace.step.dummy": "dummy",
+        "llmtrace.step.prefill_tokens": "prefill tokens",
+        "llmtrace.step.decode_tokens": "decode tokens",
+        "llmtrace.step.attention_ms": "attention ms",
+        "llmtrace.step.dispatch_ms": "dispatch ms",
+        "llmtrace.step.experts_ms": "experts ms",
+        "llmtrace.step.combine_ms": "combine ms",
+        "llmtrace.step.wait_ms": "wait ms",
+    },
     "ingress": {"http.status_code": "status", "request_size": "bytes in", "response_size": "bytes out"},
     "async * egress": {"upstream_cluster": "to"},
     "router * egress": {"upstream_address": "to"},
@@ -142,6 +155,7 @@ PER_ENDPOINT = {
 
 MOST_OTHERS = 6
 MOST_LINKS = 4
+"""Of a span that are shown; --json has them all."""
 NAME_WIDTH = 52
 """Longer names, indentation included, are cut."""
 SECONDS = "gen_ai.latency."

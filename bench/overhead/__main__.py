@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench.overhead import engine_loop, live, report
 from bench.overhead.analysis import analyse
-from bench.overhead.plans import PYTHON, QUICK, SMOL, TINY
+from bench.overhead.plans import PLANS, PYTHON, QUICK
 from bench.overhead.rounds import measure
 from bench.overhead.servers import install_plugin, make_tiny_model
 from llmtrace.errors import UserError
@@ -23,6 +23,9 @@ from llmtrace.errors import UserError
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smoke run of about two minutes: tiny model, two rounds")
+    parser.add_argument(
+        "--model", action="append", choices=PLANS, dest="models", help="only this one, and others so named; all of them"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--report", type=Path, metavar="PAGE", help="also write the tables into this Markdown page")
     arguments = parser.parse_args()
@@ -35,7 +38,7 @@ def main() -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    plans = [QUICK] if arguments.quick else [TINY, SMOL]
+    plans = [QUICK] if arguments.quick else [PLANS[name] for name in arguments.models or PLANS]
     for path in (PYTHON, *(plan.path for plan in plans)):
         if path is not None and not path.exists():
             raise UserError(f"{path} is not there: run `make up` once")
@@ -44,12 +47,12 @@ def _run(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         plugin = install_plugin(folder / "plugin")
-        tiny = make_tiny_model(folder / "tiny-model")
-        results = [analyse(measure(plan, plan.path or tiny, plugin, folder, say)) for plan in plans]
+        tiny = {kind: make_tiny_model(folder / f"tiny-{kind}", kind) for kind in ("dense", "moe")}
+        results = [analyse(measure(plan, plan.path or tiny[plan.kind], plugin, folder, say)) for plan in plans]
         say("the engine's loop")
-        costs = engine_loop.measure(tiny, plugin)
+        costs = engine_loop.measure(tiny["dense"], plugin)
         say("the hooks in a running server")
-        running = live.measure(plans[0], tiny, plugin, folder)
+        running = live.measure(QUICK if arguments.quick else PLANS["tiny"], tiny["dense"], plugin, folder)
     text = report.page(results, costs, running)
     if arguments.report:
         report.write_into(arguments.report, text)

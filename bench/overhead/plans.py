@@ -1,4 +1,4 @@
-"""What is measured: the servers side by side, the sampling rates, and the load for each of the two models."""
+"""What is measured: the servers side by side, the sampling rates, and the load for each of the models."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ class Variant:
     """Whether what its spans are sent to answers, answers long after the exporter's timeout, or is not there."""
     timed: bool = False
     """Its hooks are timed (:mod:`bench.overhead.inside`)."""
+    step_every: int | None = None
+    """Of a mixture of experts, steps of which one is traced; None: what the plugin does if nobody says otherwise."""
 
 
 NONE = Variant("no tracing", traced=False)
@@ -35,6 +37,8 @@ PLUGIN = Variant("llmtrace", plugin=True)
 HANGS = Variant("llmtrace, collector hangs", plugin=True, collector="hangs")
 DOWN = Variant("llmtrace, collector down", plugin=True, collector="down")
 TIMED = Variant("llmtrace, timed", plugin=True, timed=True)
+NO_STEPS = Variant("llmtrace, no steps", plugin=True, step_every=0)
+EVERY_STEP = Variant("llmtrace, every step", plugin=True, step_every=1)
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ OUT = Cell(PLUGIN, 0.0, hooks=False)
 """What a server with the plugin is compared with where it shall be itself."""
 LADDER = (Cell(PLUGIN, 0.0), Cell(PLUGIN, 0.01), Cell(PLUGIN, 0.1), FULL)
 PRESSED = (Cell(HANGS, 1.0), Cell(DOWN, 1.0))
+STEPS = (Cell(NO_STEPS, 1.0), Cell(EVERY_STEP, 1.0))
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ class Plan:
     prompt_tokens: int
     output_tokens: int
     vocabulary: int
+    kind: str = "dense"
+    """Of the tiny model (``bench/tiny_model.py``)."""
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -113,6 +120,15 @@ SMOL = Plan(
     output_tokens=24,
     vocabulary=40_000,
 )
+MOE = replace(
+    TINY,
+    model="tiny mixture of experts, random weights",
+    kind="moe",
+    cells=(*COMPARED, NOISE, *STEPS),
+    starts=6,
+    rounds=4,
+)
+PLANS = {"tiny": TINY, "smollm2": SMOL, "moe": MOE}
 
 QUICK = replace(TINY, cells=tuple(dict.fromkeys((*COMPARED, OUT, *LADDER))), starts=1, rounds=2, requests=48)
 """A smoke run."""

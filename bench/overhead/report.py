@@ -13,7 +13,7 @@ from typing import Any
 from bench.overhead.analysis import Changes, Percentiles, Result
 from bench.overhead.engine_loop import Costs
 from bench.overhead.live import Live
-from bench.overhead.plans import BASE, BUILT_IN_FULL, FULL, LADDER, NOISE, PRESSED, VLLM_VERSION
+from bench.overhead.plans import BASE, BUILT_IN_FULL, FULL, LADDER, NOISE, PRESSED, STEPS, VLLM_VERSION
 from llmtrace.errors import UserError
 from llmtrace.stats import Interval
 
@@ -116,7 +116,7 @@ def _meaning(found: Interval) -> str:
 def comparison(result: Result) -> str:
     """What each way of tracing changes."""
     plan, base = result.plan, result.summaries[BASE.name]
-    names = (BUILT_IN_FULL.name, FULL.name, NOISE.name)
+    names = (BUILT_IN_FULL.name, FULL.name, *(cell.name for cell in STEPS), NOISE.name)
     rows = [_changes(name, result.against_none[name]) for name in names if name in result.against_none]
     load = (
         f"{plan.concurrency} requests at a time, {plan.prompt_tokens} prompt tokens and {plan.output_tokens} output "

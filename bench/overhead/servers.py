@@ -22,6 +22,7 @@ from bench.overhead import inside
 from bench.overhead.plans import PYTHON, Variant
 from bench.processes import free_ports, process, wait
 from bench.sink import Counts, Receiver, sink
+from llmtrace.engine.steps.ids import EVERY_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 600
@@ -124,8 +125,9 @@ def install_plugin(folder: Path) -> Path:
     return folder
 
 
-def make_tiny_model(folder: Path) -> Path:
-    subprocess.run([str(PYTHON), str(model_server.TINY_MODEL_SCRIPT), str(folder)], check=True, capture_output=True)
+def make_tiny_model(folder: Path, kind: str) -> Path:
+    command = [str(PYTHON), str(model_server.TINY_MODEL_SCRIPT), str(folder), kind]
+    subprocess.run(command, check=True, capture_output=True)
     return folder
 
 
@@ -144,6 +146,8 @@ def serve(model: Path, variants: tuple[Variant, ...], plugin: Path, logs: Path) 
             environment = ENVIRONMENT | {"PYTHONPATH": str(plugin) if variant.plugin else ""}
             if variant.timed:
                 environment[inside.TIMES] = "1"
+            if variant.step_every is not None:
+                environment[EVERY_VARIABLE] = str(variant.step_every)
             log = logs / f"{variant.name}.log"
             child = stack.enter_context(process(command, log, environment))
             started.append((Server(variant, port, psutil.Process(child.pid), receiver, log), child))

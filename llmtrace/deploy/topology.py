@@ -8,10 +8,9 @@ from typing import Literal
 
 from llmtrace.errors import UserError
 
-SCENARIOS = ("prefix-cache", "pd-disaggregation", "autoscaling")
+SCENARIOS = ("prefix-cache", "pd-disaggregation", "wide-ep", "autoscaling")
 """Those with a topology of their own."""
-DISAGGREGATED = "pd-disaggregation"
-AUTOSCALED = "autoscaling"
+DISAGGREGATED, WIDE, AUTOSCALED = "pd-disaggregation", "wide-ep", "autoscaling"
 
 Role = Literal["both", "prefill", "decode"]
 
@@ -47,6 +46,8 @@ def model_servers(variables: Mapping[str, object]) -> list[ModelServer]:
     scenario = known_scenario(variables["scenario"])
     count = whole_number(variables, "vllm_servers")
     base = whole_number(variables, "vllm_base_port")
+    if scenario == WIDE:
+        return [ModelServer("moe-0", "both", base)]  # one server; its ranks are processes of it
     if scenario == AUTOSCALED:
         fewest = whole_number(variables, "autoscaling_min_servers")
         if fewest > count:
@@ -80,7 +81,8 @@ def model_servers(variables: Mapping[str, object]) -> list[ModelServer]:
 def known_scenario(value: object) -> str:
     """``value`` if it names a scenario that the local profile can stand up."""
     if value not in SCENARIOS:
-        raise UserError(f"there is no scenario {value!r} to stand up: set scenario to {' or '.join(SCENARIOS)}")
+        *others, last = SCENARIOS
+        raise UserError(f"there is no scenario {value!r} to stand up: set scenario to {', '.join(others)} or {last}")
     return str(value)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmtrace.engine import clock
 from llmtrace.engine.facts import (
@@ -18,12 +18,16 @@ from llmtrace.engine.facts import (
     FACTS_HEADER,
     FAILED,
     MAX_CHUNKS,
+    MAX_STEPS,
     Facts,
     Preemption,
     is_sampled,
     to_wire,
 )
 from llmtrace.engine.loads import Loads, note_failure
+
+if TYPE_CHECKING:
+    from llmtrace.engine.steps.batch import Batches
 
 _QUEUED, _SCHEDULED, _PREEMPTED = "QUEUED", "SCHEDULED", "PREEMPTED"
 
@@ -39,8 +43,10 @@ class Collector:
     ``trace_headers``.
     """
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Any, batches: Batches | None = None) -> None:
         self._scheduler = scheduler
+        self.batches = batches
+        """Where steps are traced."""
         self._live: dict[str, _Tracked] = {}
         self._waiting: dict[str, _Tracked] = {}
         """Those not yet scheduled."""
@@ -91,6 +97,7 @@ class Collector:
 
     def scheduled(self, output: Any, began: float) -> None:
         """A step was scheduled; ``began`` is when (monotonic s)."""
+        traced = () if self.batches is None else self.batches.scheduled(output)
         if not self._live:
             return
         for gone in output.finished_req_ids:
@@ -103,15 +110,9 @@ class Collector:
         if self._preempted:
             self._note_resumed(tokens, began)
         if self._waiting:
-            for new in output.scheduled_new_reqs:
-                tracked = self._waiting.pop(new.req_id, None)
-                if tracked is not None:
-                    self._note_admitted(tracked, began, tokens[new.req_id])
-                    self._prefilling[new.req_id] = tracked
-            if self._loads.possible:
-                now = time.monotonic()
-                for tracked in self._waiting.values():
-                    self._loads.scheduled(tracked.request, tracked.facts, now)
+            self._note_new(output, began)
+        if traced:
+            self._note_step(traced)
         if self._prefilling:
             self._note_chunks(tokens, output.total_num_scheduled_tokens, began)
 
@@ -217,6 +218,18 @@ class Collector:
                 messages[client] = EngineCoreOutputs(outputs=[output])
         self._departed.clear()
 
+    def _note_new(self, output: Any, began: float) -> None:
+        tokens = output.num_scheduled_tokens
+        for new in output.scheduled_new_reqs:
+            tracked = self._waiting.pop(new.req_id, None)
+            if tracked is not None:
+                self._note_admitted(tracked, began, tokens[new.req_id])
+                self._prefilling[new.req_id] = tracked
+        if self._loads.possible:
+            now = time.monotonic()
+            for tracked in self._waiting.values():
+                self._loads.scheduled(tracked.request, tracked.facts, now)
+
     def _note_admitted(self, tracked: _Tracked, began: float, tokens: int) -> None:
         facts, request = tracked.facts, tracked.request
         facts.scheduled = _stamp(request, _SCHEDULED, began)
@@ -247,6 +260,21 @@ class Collector:
             # With asynchronous scheduling the next step, a decode, is scheduled before the first token is known.
             if not getattr(tracked.request, "is_prefill_chunk", False):
                 del self._prefilling[request_id]
+
+    def _note_step(self, request_ids: Iterable[str]) -> None:
+        batches = self.batches
+        if batches is None:
+            return
+        for request_id in request_ids:
+            tracked = self._live.get(request_id)
+            if tracked is None:
+                continue
+            facts = tracked.facts
+            facts.step_group, facts.step_rank = batches.group, batches.rank
+            prefills = facts.first_token is None and request_id in self._prefilling
+            steps = facts.prefill_steps if prefills else facts.decode_steps
+            if len(steps) < MAX_STEPS:
+                steps.append(batches.number)
 
     def _note_preempted(self, preempted: Iterable[str], began: float) -> None:
         for request_id in preempted:

@@ -20,7 +20,7 @@ CHECKED_VERSIONS = ("0.32", "0.33")
 
 @dataclass(frozen=True)
 class Hook:
-    """A function of vLLM that is wrapped.
+    """A function of vLLM that is wrapped: a method of ``owner``, or, with none, one of the module.
 
     ``parameters`` are those used, by name and in this order after ``self``; others may come and go.
     """
@@ -37,7 +37,7 @@ class Hook:
     @property
     def path(self) -> str:
         """How people name it."""
-        return f"{self.module}.{self.owner}.{self.function}"
+        return ".".join(part for part in (self.module, self.owner, self.function) if part)
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,10 @@ class Moved:
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler"
 _OUTPUT_PROCESSOR = "vllm.v1.engine.output_processor"
+_ENGINE_CORE = "vllm.v1.engine.core"
+_WORKER = "vllm.v1.worker.gpu_worker"
+_MODULAR_KERNEL = "vllm.model_executor.layers.fused_moe.modular_kernel"
+_BASE_ROUTER = "vllm.model_executor.layers.fused_moe.router.base_router"
 _NIXL_STATS = "vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats"
 
 HOOKS = (
@@ -142,7 +146,141 @@ HOOKS = (
         "the OTEL_* variables is the same as the flag on the command line.",
         "switching on by OTEL_* variables alone; --otlp-traces-endpoint still does",
     ),
+    Hook(
+        "engine_add_request",
+        _ENGINE_CORE,
+        "EngineCore",
+        "add_request",
+        ("request",),
+        "Has the engine core before its scheduler has the request, and with it the store that the data-parallel engine "
+        "cores share: there the group of ranks agrees on its name, once, without waiting for anybody.",
+        "steps of all data-parallel ranks in one trace",
+    ),
+    Hook(
+        "engine_dummy_batch",
+        _ENGINE_CORE,
+        "EngineCore",
+        "execute_dummy_batch",
+        (),
+        "A forward pass without requests, because other data-parallel ranks have some. Counted, so that a step has the "
+        "same number on all ranks; only engines of mixture-of-experts models call it. May come before any request.",
+        "steps with the same number on all ranks",
+    ),
+    Hook(
+        "init_device",
+        "vllm.v1.worker.worker_base",
+        "WorkerWrapperBase",
+        "init_device",
+        (),
+        "Runs once in each worker's process, when its ranks and device are known and no model is loaded. Only if the "
+        "model has experts are the functions of STEP_HOOKS looked for, imported and wrapped.",
+        "spans of steps",
+    ),
 )
+
+STEP_HOOKS = (
+    Hook(
+        "execute_model",
+        _WORKER,
+        "Worker",
+        "execute_model",
+        ("scheduler_output",),
+        "A forward pass of one rank, on CUDA and on CPUs, with what its engine says of it. vLLM's warm-up calls it "
+        "without that.",
+        "spans of steps",
+    ),
+    Hook(
+        "execute_dummy_batch",
+        _WORKER,
+        "Worker",
+        "execute_dummy_batch",
+        (),
+        "A forward pass without requests.",
+        "spans of dummy steps",
+    ),
+    Hook(
+        "prepare",
+        _MODULAR_KERNEL,
+        "FusedMoEKernelModularImpl",
+        "_prepare",
+        (),
+        "Quantising and dispatch, of every all-to-all back end; with overlapping ones, until the tokens are there.",
+        "the phases of steps",
+    ),
+    Hook(
+        "fused_experts",
+        _MODULAR_KERNEL,
+        "FusedMoEKernelModularImpl",
+        "_fused_experts",
+        (),
+        "The rank's experts, of every kernel.",
+        "the phases of steps",
+    ),
+    Hook(
+        "finalize",
+        _MODULAR_KERNEL,
+        "FusedMoEKernelModularImpl",
+        "_finalize",
+        (),
+        "Combine, of every all-to-all back end.",
+        "the phases of steps",
+    ),
+    Hook(
+        "reduce_final_output",
+        "vllm.model_executor.layers.fused_moe.runner.moe_runner",
+        "MoERunner",
+        "_maybe_reduce_final_output",
+        (),
+        "Combine where experts are spread over tensor-parallel ranks alone: an all-reduce after the layer.",
+        "the all-reduce after a layer, which then counts as waiting",
+    ),
+    Hook(
+        "all_reduce",
+        "vllm.distributed.parallel_state",
+        "GroupCoordinator",
+        "all_reduce",
+        (),
+        "What tensor-parallel ranks wait for outside of MoE layers. Left alone with one tensor-parallel rank.",
+        "waiting in tensor-parallel all-reduces, which then counts as attention",
+    ),
+    Hook(
+        "dp_sync",
+        "vllm.v1.worker.dp_utils",
+        "",
+        "_run_ar",
+        (),
+        "Where data-parallel ranks agree on the size of the step, and so wait for the last one.",
+        "waiting for the step's size",
+    ),
+    Hook(
+        "dp_sync_v2",
+        "vllm.v1.worker.gpu.dp_utils",
+        "",
+        "sync_cudagraph_and_dp_padding",
+        (),
+        "The same in vLLM's second model runner.",
+        "waiting for the step's size",
+    ),
+    Hook(
+        "eplb_mapping",
+        _BASE_ROUTER,
+        "BaseRouter",
+        "_apply_eplb_mapping",
+        ("topk_ids",),
+        "Has the logical experts of the rank's own tokens, of every router, before replicas and other ranks' tokens.",
+        "tokens per expert",
+    ),
+    Hook(
+        "rearrange",
+        "vllm.distributed.eplb.eplb_state",
+        "EplbState",
+        "rearrange",
+        (),
+        "Experts move to other ranks (EPLB), within a step.",
+        "rearrangements of experts",
+    ),
+)
+"""Wrapped only in the workers of mixture-of-experts models whose steps are traced."""
 
 NAMES = (
     Name("vllm.v1.request", "Request", "request_id", "key of everything"),
@@ -205,6 +343,24 @@ NAMES = (
     Name("vllm.v1.kv_cache_interface", "KVCacheSpec", "page_size_bytes", "bytes of a block in one layer", True),
     Name("vllm.config.parallel", "ParallelConfig", "tensor_parallel_size", "workers that load KV", True),
     Name("vllm.config.parallel", "ParallelConfig", "pipeline_parallel_size", "workers that load KV", True),
+    Name("vllm.config.parallel", "ParallelConfig", "world_size", "ranks that step together", True),
+    Name("vllm.config.parallel", "ParallelConfig", "data_parallel_size", "ranks that step together", True),
+    Name("vllm.config.parallel", "ParallelConfig", "data_parallel_rank", "rank among them", True),
+    Name("vllm.config.parallel", "ParallelConfig", "enable_expert_parallel", "expert-parallel rank", True),
+    Name("vllm.config.parallel", "ParallelConfig", "all2all_backend", "back end of dispatch and combine", True),
+    Name("vllm.config.parallel", "ParallelConfig", "use_ubatching", "micro-batches, whose phases overlap", True),
+    Name("vllm.config.scheduler", "SchedulerConfig", "max_num_batched_tokens", "tokens per expert", True),
+    Name("vllm.config.compilation", "CompilationConfig", "mode", "which functions torch.compile takes apart", True),
+    Name("vllm.config.model", "ModelConfig", "is_moe", "whether steps are traced", True),
+    Name(_ENGINE_CORE, "EngineCore", "scheduler", "whose forward pass a dummy one is", True),
+    Name(_ENGINE_CORE, "DPEngineCoreProc", "dp_store", "name of the group of ranks", True),
+    Name("vllm.v1.worker.worker_base", "WorkerWrapperBase", "vllm_config", "whether steps are traced", True),
+    Name("vllm.v1.worker.worker_base", "WorkerWrapperBase", "worker", "rank and device", True),
+    Name("vllm.v1.worker.worker_base", "WorkerBase", "rank", "rank in the engine", True),
+    Name("vllm.v1.worker.worker_base", "WorkerBase", "device", "which clock", True),
+    Name(_WORKER, "Worker", "get_model", "begin and end of the model's forward", True),
+    Name(_BASE_ROUTER, "BaseRouter", "global_num_experts", "tokens per expert", True),
+    Name("vllm.distributed.eplb.eplb_state", "EplbLayerState", "logical_replica_count", "tokens per expert", True),
     Name(_SCHEDULER, "Scheduler", "requests", "the request behind an id"),
     Name(_SCHEDULER, "Scheduler", "vllm_config", "data-parallel rank, engine id"),
     Name(_SCHEDULER, "Scheduler", "connector", "whether KV can be loaded at all", True),
@@ -228,7 +384,7 @@ def check(hooks: tuple[Hook, ...] = HOOKS) -> tuple[dict[str, Callable[..., obje
     for hook in hooks:
         try:
             function = inspect.getattr_static(owner_of(hook), hook.function)
-            parameters = list(inspect.signature(function).parameters)[1:]
+            parameters = list(inspect.signature(function).parameters)[1 if hook.owner else 0 :]
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             moved.append(Moved(hook, f"{type(error).__name__}: {error}"))
             continue
@@ -240,8 +396,9 @@ def check(hooks: tuple[Hook, ...] = HOOKS) -> tuple[dict[str, Callable[..., obje
 
 
 def owner_of(hook: Hook) -> Any:
-    """The class that has the function; ImportError or AttributeError where there is none."""
-    return reduce(getattr, hook.owner.split("."), importlib.import_module(hook.module))
+    """The class or module that has the function; ImportError or AttributeError where there is none."""
+    module = importlib.import_module(hook.module)
+    return reduce(getattr, hook.owner.split("."), module) if hook.owner else module
 
 
 def is_checked(version: str) -> bool:

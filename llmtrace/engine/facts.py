@@ -20,9 +20,11 @@ DEPARTED_HEADER = "llmtrace-departed"
 """Present where the output was added by this plugin, for a request that left without one (abort)."""
 MAX_CHUNKS = 64
 """Chunks kept per request; OpenTelemetry keeps 128 events per span."""
+MAX_STEPS = 64
+"""Traced engine steps kept per request and phase."""
 ABORTED, FAILED = "abort", "error"
 """Two of vLLM's finish reasons."""
-_WIRE_VERSION = 1
+_WIRE_VERSION = 2
 _SAMPLED = 1
 
 Chunk = tuple[float, int, int, int]
@@ -100,6 +102,13 @@ class Facts:
     accepted_tokens: int = 0
     kv_blocks: int | None = None
     """Blocks that held its tokens when it ended, per KV cache group."""
+    step_group: str = ""
+    """Of the traced steps that had it in their batch, see :mod:`llmtrace.engine.steps`; empty where there are none."""
+    step_rank: int = 0
+    """Of its engine's first worker in that group."""
+    prefill_steps: list[int] = field(default_factory=list)
+    decode_steps: list[int] = field(default_factory=list)
+    """Numbers of those steps."""
 
 
 _NAMES = tuple(item.name for item in fields(Facts))

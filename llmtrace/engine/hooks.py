@@ -11,7 +11,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 logger = logging.getLogger("vllm.llmtrace.engine")
 """A child of vLLM's logger, so that lines appear where and how vLLM's do."""
@@ -23,6 +23,12 @@ After = Callable[..., None]
 
 WRAPPED = "__llmtrace_wrapped__"
 """Set on what replaces a function of vLLM."""
+
+
+class Switch(Protocol):
+    """Whether something is wanted now."""
+
+    on: bool
 
 
 class Guard:
@@ -60,11 +66,20 @@ class Guard:
         logger.error("llmtrace: fault in %s (%s); no more engine spans from this process", where, _place(error))
 
 
-def wrap(owner: Any, name: str, guard: Guard, before: Before | None = None, after: After | None = None) -> None:
-    """Replace method ``name`` of ``owner`` by one that also runs ``before`` and ``after``; a second time does nothing.
+def wrap(
+    owner: Any,
+    name: str,
+    guard: Guard,
+    before: Before | None = None,
+    after: After | None = None,
+    switch: Switch | None = None,
+) -> None:
+    """Replace function ``name`` of a class or module by one that also runs ``before`` and ``after``.
 
-    The method's own exception skips ``after`` and reaches the caller as it is.
+    A second time does nothing. The function's own exception skips ``after`` and reaches the caller as it is. With a
+    ``switch``, both run only for calls that begin and end while it is on; others cost one look at it.
     """
+    wanted = switch or guard
     original = getattr(owner, name)
     if getattr(original, WRAPPED, False):
         return
@@ -72,11 +87,11 @@ def wrap(owner: Any, name: str, guard: Guard, before: Before | None = None, afte
 
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if not guard.on:
+        if not wanted.on or not guard.on:
             return original(*args, **kwargs)
         state = guard.run(where, before, *args, **kwargs) if before is not None else None
         result = original(*args, **kwargs)
-        if after is not None and guard.on:
+        if after is not None and wanted.on and guard.on:
             guard.run(where, after, state, result, *args, **kwargs)
         return result
 

@@ -12,6 +12,7 @@ from llmtrace.engine.collector import Collector
 from llmtrace.engine.compat import HOOKS, Moved, check, is_checked, owner_of
 from llmtrace.engine.frontend import Frontend
 from llmtrace.engine.hooks import After, Before, Guard, logger, wrap
+from llmtrace.engine.steps import ids
 from llmtrace.engine.switch import switch_on
 
 _COLLECTOR = "_llmtrace_collector"
@@ -38,12 +39,15 @@ class Plugin:
             "do_tracing": (self._tracing, self._traced),
             "process_outputs": (self._processing, None),
             "create_engine_config": (None, self._configured),
+            "engine_add_request": (self._joining, None),
+            "engine_dummy_batch": (self._dummy, None),
+            "init_device": (None, self._device_ready),
         }
 
     def _collector(self, scheduler: Any) -> Collector:
         collector: Collector | None = getattr(scheduler, _COLLECTOR, None)
         if collector is None:
-            collector = Collector(scheduler)
+            collector = Collector(scheduler, _batches(scheduler))
             setattr(scheduler, _COLLECTOR, collector)
             # Weakly: neither the guard nor this plugin shall keep a scheduler alive.
             clear = weakref.WeakMethod(collector.clear)
@@ -97,6 +101,31 @@ class Plugin:
 
     def _configured(self, _state: None, config: Any, arguments: Any, *_args: Any, **_kwargs: Any) -> None:
         switch_on(config, log_stats=not getattr(arguments, "disable_log_stats", False))
+
+    def _joining(self, engine: Any, *_args: Any, **_kwargs: Any) -> None:
+        batches = self._collector(engine.scheduler).batches
+        if batches is not None:
+            batches.join(engine)
+
+    def _dummy(self, engine: Any, *_args: Any, **_kwargs: Any) -> None:
+        batches = self._collector(engine.scheduler).batches
+        if batches is not None:
+            batches.join(engine)
+            batches.dummy()
+
+    def _device_ready(self, _state: None, _result: Any, wrapper: Any, *_args: Any, **_kwargs: Any) -> None:
+        if ids.are_traced(wrapper.vllm_config):
+            from llmtrace.engine.steps.worker import install_steps
+
+            install_steps(wrapper.worker, wrapper.vllm_config)
+
+
+def _batches(scheduler: Any) -> Any:
+    if not ids.are_traced(scheduler.vllm_config):
+        return None
+    from llmtrace.engine.steps.batch import Batches
+
+    return Batches(scheduler)
 
 
 def install() -> None:

@@ -9,11 +9,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, Status, StatusCode, Tracer, set_span_in_context
+from opentelemetry.trace import (
+    Link,
+    NonRecordingSpan,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    TraceFlags,
+    Tracer,
+    set_span_in_context,
+)
 from opentelemetry.util.types import AttributeValue
 
 from llmtrace.engine.clock import NS_PER_S, wall_ns
 from llmtrace.engine.facts import ABORTED, FAILED, Facts, Load
+from llmtrace.engine.steps.ids import span_id, trace_id
 from llmtrace.semconv import attributes as names
 
 _MS_PER_S = 1000.0
@@ -40,6 +51,8 @@ class Phase:
     attributes: Attributes = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     failed: bool = False
+    steps: list[SpanContext] = field(default_factory=list)
+    """The engine's traced steps that it was part of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +74,11 @@ def phases(facts: Facts, request_id: str, window: Window | None = None) -> list[
     found = _before_admission(facts, times)
     if times.scheduled is not None:
         end = times.end if times.first_token is None else times.first_token
-        found.append(Phase(names.PREFILL_SPAN, times.scheduled, end, _prefill_attributes(facts)))
+        steps = _steps(facts, facts.prefill_steps)
+        found.append(Phase(names.PREFILL_SPAN, times.scheduled, end, _prefill_attributes(facts), steps=steps))
     if times.first_token is not None and (facts.output_tokens > 1 or facts.finish_reason in (ABORTED, FAILED)):
-        found.append(Phase(names.DECODE_SPAN, times.first_token, times.end, _decode_attributes(facts)))
+        steps = _steps(facts, facts.decode_steps)
+        found.append(Phase(names.DECODE_SPAN, times.first_token, times.end, _decode_attributes(facts), steps=steps))
     for phase in found:
         phase.attributes = common | phase.attributes
     last = found[-1]
@@ -90,7 +105,10 @@ def write(tracer: Tracer, parent: SpanContext, found: list[Phase]) -> None:
     """Make the spans, finished, below ``parent``."""
     context = set_span_in_context(NonRecordingSpan(parent))
     for phase in found:
-        span = tracer.start_span(phase.name, context, attributes=phase.attributes, start_time=phase.start_ns)
+        links = [Link(step) for step in phase.steps]
+        span = tracer.start_span(
+            phase.name, context, attributes=phase.attributes, links=links, start_time=phase.start_ns
+        )
         for event in phase.events:
             span.add_event(event.name, event.attributes, event.time_ns)
         if phase.failed:
@@ -243,6 +261,17 @@ def _prefill_attributes(facts: Facts) -> Attributes:
         (names.CACHED_TOKENS, None if local is None or external is None else local + external),
     )
     return attributes | {name: value for name, value in pairs if value is not None}
+
+
+def _steps(facts: Facts, numbers: list[int]) -> list[SpanContext]:
+    """The spans of its engine's rank in these steps; those of the other ranks are in the same traces."""
+    group, rank = facts.step_group, facts.step_rank
+    return [
+        SpanContext(
+            trace_id(group, n), span_id(group, n, rank), is_remote=True, trace_flags=TraceFlags(TraceFlags.SAMPLED)
+        )
+        for n in numbers
+    ]
 
 
 def _decode_attributes(facts: Facts) -> Attributes:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from llmtrace.errors import UserError
-from llmtrace.scenarios import autoscaling, pd_disaggregation, prefix_cache
+from llmtrace.scenarios import autoscaling, pd_disaggregation, prefix_cache, wide_ep
 from llmtrace.scenarios.scenario import Scenario
 
 SCENARIOS: dict[str, Scenario[Any]] = {
-    s.name: s for s in (prefix_cache.SCENARIO, pd_disaggregation.SCENARIO, autoscaling.SCENARIO)
+    s.name: s for s in (prefix_cache.SCENARIO, pd_disaggregation.SCENARIO, wide_ep.SCENARIO, autoscaling.SCENARIO)
 }
 
 

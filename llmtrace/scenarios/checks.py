@@ -91,8 +91,9 @@ def counters(
             where = f"{server}, {block.arm}, block {block.block}"
             if abs(hits - cached) > kv_block_size * len(here):
                 differ.append(f"{where}: {source} {cached} cached tokens, vLLM's counter {hits}")
-            if abs(block.queries[server] - prompt) > kv_block_size * len(here):
-                differ.append(f"{where}: {source} {prompt} prompt tokens, vLLM's counter {block.queries[server]}")
+            queries = block.queries.get(server)
+            if queries is not None and abs(queries - prompt) > kv_block_size * len(here):
+                differ.append(f"{where}: {source} {prompt} prompt tokens, vLLM's counter {queries}")
     detail = f"at most {worst} tokens apart (allowed: {kv_block_size} per request)" if checked else "nothing to compare"
     return Check(
         name=name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from llmtrace.errors import UserError
@@ -43,11 +43,19 @@ def trace_ids(store: TempoClient, run_id: str) -> list[str]:
     return sorted({s.trace_id for s in store.search(query, start_s=_horizon(), end_s=_now(), limit=LIMIT)})
 
 
-def load_run(store: TempoClient, run_id: str) -> list[Trace]:
-    """All traces of a run; UserError when the store has none."""
+def load_run(store: TempoClient, run_id: str, *, linked: bool = False) -> list[Trace]:
+    """All traces of a run, with ``linked`` also those to which they link; UserError when the store has none."""
     ids = trace_ids(store, run_id)
     if not ids:
         raise UserError(f"the store has no traces of run {run_id}: give another run id, or leave it out for the latest")
+    found = _load(store, ids)
+    if linked:
+        others = {link.trace_id for trace in found for span in trace.spans for link in span.links}
+        found += _load(store, sorted(others.difference(ids)))
+    return found
+
+
+def _load(store: TempoClient, ids: Iterable[str]) -> list[Trace]:
     with ThreadPoolExecutor(4) as pool:
         return [trace for trace in pool.map(store.trace, ids) if trace is not None]
 

@@ -35,10 +35,11 @@ class Scenario(Generic[AnswerT]):
     (``blocks``, ``conversations``, ``turns``, ``seed``); ``max_tokens``, ``concurrency`` and ``request_timeout_s``
     are defaults. ``arm_facts`` are attributes of each arm's blocks that only the stack's configuration tells.
     ``complete`` says whether a request's trace has what ``answer`` reads; ``text`` and ``html`` show an answer,
-    ``example`` is the id of a trace of it that is worth a look. Of the smoke test, ``smoke_requests`` are its
-    requests, in order; ``expectation`` is what each trace must have, and ``further`` finds what else is wrong with
-    it, given its arm and the stack. ``also`` finds further traces of a time (nanoseconds since the epoch, its start
-    and end) that no request is part of; the answer gets them too, and the smoke test checks them.
+    ``example`` is the id of a trace of it that is worth a look. With ``linked``, ``answer`` also gets the traces to
+    which those of the run link. Of the smoke test, ``smoke_requests`` are its requests, in order; ``expectation`` is
+    what each trace must have, and ``further`` finds what else is wrong with it, given its arm and the stack. ``also``
+    finds further traces of a time (nanoseconds since the epoch, its start and end) that no request is part of; the
+    answer gets them too, and the smoke test checks them.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Scenario(Generic[AnswerT]):
     further: Callable[[Trace, str, Stack], list[Problem]] = lambda _trace, _arm, _stack: []
     complete: Callable[[Trace], bool] = is_complete
     arm_facts: Callable[[Stack], Mapping[str, Attributes]] = lambda _stack: {}
+    linked: bool = False
     also: Callable[[TempoClient, int, int], list[Trace]] = lambda _store, _start_ns, _end_ns: []
     max_tokens: int = 8
     concurrency: int = 2

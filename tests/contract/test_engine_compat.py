@@ -17,9 +17,10 @@ import pytest
 from vllm_names import attributes, class_of, lacking
 from vllm_source import PINS, SourceUnavailableError, fetch, folder
 
-from llmtrace.engine.compat import CHECKED_VERSIONS, HOOKS, NAMES, Hook, Name
+from llmtrace.engine.compat import CHECKED_VERSIONS, HOOKS, NAMES, STEP_HOOKS, Hook, Name
 from llmtrace.stack import cache_home
 
+ALL_HOOKS = (*HOOKS, *STEP_HOOKS)
 pytestmark = pytest.mark.timeout(300)  # a first fetch over a slow line
 CACHE = cache_home()
 
@@ -90,18 +91,19 @@ def test_trace_headers_are_echoed_untouched(vllm: Path) -> None:
 # That the comparison can fail: a package written from the table, with one thing of it changed.
 
 
-def written(root: Path, hooks: Iterable[Hook] = HOOKS, names: Iterable[Name] = NAMES) -> Path:
+def written(root: Path, hooks: Iterable[Hook] = ALL_HOOKS, names: Iterable[Name] = NAMES) -> Path:
     """A package ``vllm`` that has these, and nothing else."""
     bodies: dict[str, dict[str, list[str]]] = {}
     for hook in hooks:
-        parameters = ", ".join(("self", *hook.parameters, "more=None"))
+        parameters = ", ".join((*(["self"] if hook.owner else []), *hook.parameters, "more=None"))
         bodies.setdefault(hook.module, {}).setdefault(hook.owner, []).append(f"def {hook.function}({parameters}): ...")
     for name in names:
         bodies.setdefault(name.module, {}).setdefault(name.owner, []).append(f"{name.attribute}: object")
     for module, classes in bodies.items():
         path = root.joinpath(*module.split(".")).with_suffix(".py")
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = (line for owner, body in classes.items() for line in (f"class {owner}:", *(f"    {b}" for b in body)))
+        lines = [*classes.pop("", [])]
+        lines += (line for owner, body in classes.items() for line in (f"class {owner}:", *(f"    {b}" for b in body)))
         path.write_text("\n".join(lines) + "\n")
     return root / "vllm"
 
@@ -110,16 +112,16 @@ def test_a_package_that_has_the_table_lacks_nothing(tmp_path: Path) -> None:
     assert lacking(written(tmp_path)) == []
 
 
-@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.name)
+@pytest.mark.parametrize("hook", ALL_HOOKS, ids=lambda hook: hook.name)
 def test_a_renamed_hook_is_named(tmp_path: Path, hook: Hook) -> None:
-    hooks = [replace(h, function=f"{h.function}_v2") if h is hook else h for h in HOOKS]
+    hooks = [replace(h, function=f"{h.function}_v2") if h is hook else h for h in ALL_HOOKS]
     (fault,) = lacking(written(tmp_path, hooks))
     assert fault.startswith(f"{hook.path} is gone: without it ")
 
 
-@pytest.mark.parametrize("hook", [hook for hook in HOOKS if hook.parameters], ids=lambda hook: hook.name)
+@pytest.mark.parametrize("hook", [hook for hook in ALL_HOOKS if hook.parameters], ids=lambda hook: hook.name)
 def test_a_moved_parameter_is_named(tmp_path: Path, hook: Hook) -> None:
-    hooks = [replace(h, parameters=("first", *h.parameters)) if h is hook else h for h in HOOKS]
+    hooks = [replace(h, parameters=("first", *h.parameters)) if h is hook else h for h in ALL_HOOKS]
     (fault,) = lacking(written(tmp_path, hooks))
     assert fault.startswith(f"{hook.path} takes (first, {', '.join(hook.parameters)}, more), not (")
 
@@ -131,9 +133,9 @@ def test_a_name_that_is_gone_is_named(tmp_path: Path, name: Name) -> None:
 
 
 def test_a_class_and_a_module_that_are_gone_are_named(tmp_path: Path) -> None:
-    package = written(tmp_path, (hook for hook in HOOKS if hook.name != "create_engine_config"))
+    package = written(tmp_path, (hook for hook in ALL_HOOKS if hook.name != "create_engine_config"))
     (fault,) = lacking(package)
     assert fault.startswith("vllm.engine.arg_utils.EngineArgs is gone")
-    scheduler = written(tmp_path / "other", HOOKS, (name for name in NAMES if name.owner != "PrefillStats"))
+    scheduler = written(tmp_path / "other", ALL_HOOKS, (name for name in NAMES if name.owner != "PrefillStats"))
     assert len(lacking(scheduler)) == 3
     assert all(fault.startswith("vllm.v1.metrics.stats.PrefillStats is gone") for fault in lacking(scheduler))

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from llmtrace.engine.compat import HOOKS, NAMES, Hook, Name
+from llmtrace.engine.compat import HOOKS, NAMES, STEP_HOOKS, Hook, Name
 
 
-def lacking(vllm: Path, hooks: Sequence[Hook] = HOOKS, names: Sequence[Name] = NAMES) -> list[str]:
+def lacking(vllm: Path, hooks: Sequence[Hook] = (*HOOKS, *STEP_HOOKS), names: Sequence[Name] = NAMES) -> list[str]:
     """A sentence for each entry of the table that the package ``vllm`` does not have, or has changed."""
     found = [*(_fault_of_hook(vllm, hook) for hook in hooks), *(_fault_of_name(vllm, name) for name in names)]
     return [fault for fault in found if fault]
@@ -39,14 +39,15 @@ def attributes(owner: ast.ClassDef) -> set[str]:
 
 
 def _fault_of_hook(vllm: Path, hook: Hook) -> str:
-    owner = class_of(vllm, hook.module, hook.owner)
-    if owner is None:
+    owner = class_of(vllm, hook.module, hook.owner) if hook.owner else None
+    if hook.owner and owner is None:
         return f"{hook.module}.{hook.owner} is gone: without it {hook.without}"
-    functions = (node for node in owner.body if isinstance(node, ast.FunctionDef) and node.name == hook.function)
+    body = owner.body if owner else _tree(vllm, hook.module)
+    functions = (node for node in body if isinstance(node, ast.FunctionDef) and node.name == hook.function)
     function = next(functions, None)
     if function is None:
         return f"{hook.path} is gone: without it {hook.without}"
-    parameters = tuple(argument.arg for argument in function.args.args[1:])
+    parameters = tuple(argument.arg for argument in function.args.args[1 if hook.owner else 0 :])
     if parameters[: len(hook.parameters)] != hook.parameters:
         return f"{hook.path} takes ({', '.join(parameters)}), not ({', '.join(hook.parameters)}) first"
     return ""

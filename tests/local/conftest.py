@@ -9,6 +9,7 @@ from commands import llmtrace
 
 from llmtrace.scenarios.autoscaling import SCENARIO as AUTOSCALING
 from llmtrace.scenarios.pd_disaggregation import SCENARIO as PD
+from llmtrace.scenarios.wide_ep import SCENARIO as WIDE_EP
 from llmtrace.stack import Stack
 
 pytest.register_assert_rewrite("engine_servers", "engine_trees", "engine_workload")
@@ -19,6 +20,8 @@ LAST = (
     "test_autoscaling.py",
     "test_dashboards_autoscaling.py",
     "test_autoscaling_faults.py",
+    "test_wide_ep.py",
+    "test_dashboards_wide_ep.py",
     "test_pd_disaggregation.py",
     "test_dashboards_pd.py",
     "test_pd_faults.py",
@@ -49,6 +52,12 @@ def began() -> float:
 def pd_stack() -> Stack:
     """The running stack with prefill and decode servers; stood up for them if it is not."""
     return _stack_of(PD.name)
+
+
+@pytest.fixture(scope="module")
+def wide_ep_stack() -> Stack:
+    """The running stack with a mixture of experts on two ranks; stood up for it if it is not."""
+    return _stack_of(WIDE_EP.name)
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,8 @@ OF_A_SCENARIO = {
     "vllm:nixl_": "pd-disaggregation",
     "llmtrace_autoscale_": "autoscaling",
     "llm_d_epp_flow_control_": "autoscaling",
+    "llmtrace_step_": "wide-ep",
+    "llmtrace:rank_": "wide-ep",
 }
 """How metrics of alerts begin that only one scenario's stack has, and which."""
 

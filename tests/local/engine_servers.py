@@ -81,11 +81,11 @@ def nixl_folder() -> Path:
 
 
 @cache
-def tiny_model() -> Path:
-    """A model of half a megabyte."""
+def tiny_model(kind: str = "dense") -> Path:
+    """A model of half a megabyte, or a mixture of experts of twice that; the kinds are the script's."""
     script = model_server.TINY_MODEL_SCRIPT
     digest = hashlib.sha256(script.read_bytes()).hexdigest()[:16]
-    return _made(f"model/tiny-{digest}", lambda folder: _run(vllm_python(), script, folder))
+    return _made(f"model/tiny-{kind}-{digest}", lambda folder: _run(vllm_python(), script, folder, kind))
 
 
 def _made(name: str, make: Callable[[Path], None]) -> Path:

@@ -23,7 +23,7 @@ from bench.overhead.analysis import Losses, Percentiles
 from bench.overhead.engine_loop import Costs
 from bench.overhead.live import Live
 from bench.overhead.load import Load, Stream, Times
-from bench.overhead.plans import BASE, BUILT_IN_FULL, DOWN, FULL, LADDER, OUT, PLUGIN, PRESSED, TINY, Cell
+from bench.overhead.plans import BASE, BUILT_IN_FULL, DOWN, FULL, LADDER, OUT, PLANS, PLUGIN, PRESSED, TINY, Cell, Plan
 from bench.overhead.rounds import Measured, Sample, Usage
 from bench.overhead.servers import Cpu, Memory
 from bench.sink import SERVICE, Counts, sink
@@ -190,11 +190,11 @@ def test_costs_are_set_against_a_step() -> None:
     assert COSTS[0].share(10) == pytest.approx(0.45)
 
 
-def whole() -> analysis.Result:
-    found = Measured(replace(TINY, starts=1, rounds=3), [], [])
-    for cell in TINY.cells:
+def whole(plan: Plan = TINY) -> analysis.Result:
+    found = Measured(replace(plan, starts=1, rounds=3), [], [])
+    for cell in plan.cells:
         found.samples.extend(sample(cell, 0, number, 1.0) for number in range(3))
-    for variant in TINY.variants:
+    for variant in plan.variants:
         found.usages.append(Usage(variant, 0, Memory(2 << 30, 1 << 30), 100, Counts(9, 400, 9), 0))
     return analysis.analyse(found)
 
@@ -221,6 +221,13 @@ def test_the_page_has_a_row_for_every_cell_and_is_written_between_its_markers(tm
     assert data["running_server"]["100%"]["step"] == 2000
     assert data["results"][0]["summaries"][FULL.name]["tokens_per_s"] == pytest.approx(200)
     assert data["results"][0]["against_none"][FULL.name]["throughput"]["estimate"] == 0
+
+
+def test_a_mixture_of_experts_is_measured_with_and_without_its_steps() -> None:
+    text = report.comparison(whole(PLANS["moe"]))
+    rows = {line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")}
+    assert rows > {"vLLM's own, 100%", "llmtrace, 100%", "llmtrace, no steps, 100%", "llmtrace, every step, 100%"}
+    assert "llmtrace, no steps, 100%" not in report.comparison(whole())
 
 
 def test_a_page_without_markers_is_refused_before_anything_is_measured(tmp_path: Path) -> None:

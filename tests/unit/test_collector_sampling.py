@@ -47,6 +47,7 @@ KEPT: dict[str, tuple[str, list[dict[str, Any]]]] = {
         [ROOT, {"attributes": {"llmtrace.pd.decision": "split", "llmtrace.sampling.keep": True}}],
     ),
     "a scaling decision": ("scaling", [{"name": "autoscale.decision"}]),
+    "a step of the engine": ("steps", [{"name": "engine_step"}, {"name": "engine_step"}]),
     "a tenant with a share": ("share-of-tenants", [ROOT, {"attributes": {"llmtrace.tenant": "gold"}}]),
 }
 """The policy that keeps a trace, no other, and the trace's spans."""

@@ -21,6 +21,7 @@ from grafana.dashboards import boards
 from grafana.render import VARIABLES
 from grafana.series import known_labels, known_series
 from grafana.substitute import built_in, defaults, interval, selected, substitute
+from llmtrace.scenarios.catalogue import SCENARIOS
 from llmtrace.semconv.definitions import registry
 from llmtrace.traces.store import traceql
 
@@ -280,7 +281,7 @@ def test_defaults_are_what_a_dashboard_opens_with() -> None:
 
 
 def test_every_panel_is_of_a_scenario(board: Board) -> None:
-    assert set(board.scenarios) <= {"prefix-cache", "pd-disaggregation", "autoscaling"}
+    assert set(board.scenarios) <= set(SCENARIOS)
     for item in board.items():
         if isinstance(item, Panel) and item.scenario:
             assert item.scenario in board.scenarios, item.title

@@ -17,6 +17,7 @@ from picking import Handle
 from supervisor.options import ServerOptions
 
 from llmtrace.autoscale.__main__ import options
+from llmtrace.engine.steps import ids
 from llmtrace.picker import config
 
 CHANGED = {"vllm_servers": 2, "vllm_base_port": 18500, "vllm_block_size": 64, "store_port": 18501}
@@ -191,6 +192,38 @@ def test_promtool_accepts_the_configuration_with_the_scaler(autoscaled: Path) ->
     jobs = {job["job_name"]: job for job in read(autoscaled / "prometheus.yaml")["scrape_configs"]}
     assert jobs["picker"]["scrape_interval"] == "1s"
     assert "autoscale" in jobs
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return render(
+        tmp_path_factory.mktemp("state"), {"scenario": "wide-ep", "wide_ep_ranks": 3, "wide_ep_step_every": 8}
+    )
+
+
+def test_a_mixture_of_experts_is_one_server_with_its_ranks(wide: Path) -> None:
+    options = ServerOptions()
+    options.realize(["-c", str(wide / "supervisord.conf")])
+    names = {group.name for group in options.process_group_configs}
+    assert names == {"envoy", "collector", "prometheus", "store", "picker-balanced", "moe-0"}
+    command = shlex.split(program_section(wide, "moe-0")["command"])
+    assert command[command.index("--data-parallel-size") + 1] == "3"
+    assert "--enable-expert-parallel" in command
+    assert command[command.index("--served-model-name") + 1] == "tiny-moe"
+    assert Path(command[command.index("--model") + 1]).name.startswith("tiny-moe-")
+    found = environment_of(wide, "moe-0")
+    assert (ids.every(found), ids.experts_every(found)) == (8, 8)
+    plugin, shim = (Path(part) for part in found["PYTHONPATH"].split(":"))
+    assert plugin.parent.name == "engine"
+    module, _, _ = command[command.index("--worker-extension-cls") + 1].partition(".")
+    assert (shim / f"{module}.py").is_file()
+
+
+def test_ranks_are_one_endpoint_behind_their_picker(wide: Path) -> None:
+    assert [(e["name"], e["port"]) for e in read(wide / "endpoints.yaml")["endpoints"]] == [("moe-0", "18100")]
+    assert config.load(wide / "picker-balanced.yaml", Handle()).profiles.keys() == {"default"}
+    run(program("envoy/*/envoy/_bin/envoy"), "--mode", "validate", "--config-path", wide / "envoy.yaml")
+    run(program("prometheus/*/promtool"), "check", "config", wide / "prometheus.yaml")
 
 
 def test_pickers_can_follow_the_servers_kv_caches(tmp_path: Path) -> None:

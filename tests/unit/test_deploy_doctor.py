@@ -113,7 +113,12 @@ def test_gather_names_the_process_that_listens_and_the_half_finished_install(tmp
 
 @pytest.mark.parametrize(
     ("scenario", "count"),
-    [("prefix-cache", 2 + 6 + 3 + 7), ("pd-disaggregation", 3 + 9 + 3 + 2 + 3 + 7), ("autoscaling", 1 + 3 + 3 + 8)],
+    [
+        ("prefix-cache", 2 + 6 + 3 + 7),
+        ("pd-disaggregation", 3 + 9 + 3 + 2 + 3 + 7),
+        ("wide-ep", 1 + 3 + 1 + 7),
+        ("autoscaling", 1 + 3 + 3 + 8),
+    ],
 )
 def test_the_default_inventory_has_every_port_once(scenario: str, count: int) -> None:
     variables = playbook.default_variables() | {"scenario": scenario}
@@ -124,6 +129,7 @@ def test_the_default_inventory_has_every_port_once(scenario: str, count: int) ->
     unused = {
         "prefix-cache": of_pd | of_autoscaling,
         "pd-disaggregation": of_autoscaling,
+        "wide-ep": of_pd | of_autoscaling,
         "autoscaling": of_pd,
     }
     assert {port.variable.split(".")[0] for port in ports} == written - unused[scenario]

@@ -38,6 +38,10 @@ def test_decode_servers_stand_behind_sidecars() -> None:
     assert [server.endpoint_port for server in (prefill, *decode)] == [18100, 18200, 18201]
 
 
+def test_the_ranks_of_wide_expert_parallelism_are_one_server() -> None:
+    assert model_servers(VARIABLES | {"scenario": "wide-ep"}) == [ModelServer("moe-0", "both", 18100)]
+
+
 def test_servers_beyond_the_fewest_wait_for_a_scaler() -> None:
     found = model_servers(VARIABLES | {"scenario": "autoscaling"})
     assert [(server.name, server.standby) for server in found] == [
@@ -50,7 +54,7 @@ def test_servers_beyond_the_fewest_wait_for_a_scaler() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"scenario": "prefix"}, ["no scenario 'prefix'", "prefix-cache or pd-disaggregation or autoscaling"]),
+        ({"scenario": "prefix"}, ["no scenario 'prefix'", "prefix-cache, pd-disaggregation, wide-ep or autoscaling"]),
         (
             {"scenario": "autoscaling", "autoscaling_min_servers": 4},
             ["autoscaling_min_servers is 4 of 3 vllm_servers", "lower autoscaling_min_servers"],

@@ -28,7 +28,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from llmtrace.engine import collector, compat, drops, frontend, loads, plugin
+from llmtrace.engine import collector, compat, drops, frontend, loads, meters, plugin
 from llmtrace.engine.facts import FACTS_HEADER, MAX_CHUNKS
 from llmtrace.engine.frontend import Frontend, external_id
 from llmtrace.engine.hooks import Guard, wrap
@@ -438,7 +438,9 @@ def test_drops_are_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     reader = InMemoryMetricReader()
     provider = MeterProvider([reader])
     monkeypatch.setattr(metrics, "get_meter_provider", lambda: provider)
-    assert drops.publish(lambda: 3, {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4317"}) is None, "the process has one"
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4317"}
+    assert meters.provider(environment) is provider, "the process has one"
+    drops.publish(lambda: 3, environment)
     data = reader.get_metrics_data()
     assert data is not None
     (metric,) = data.resource_metrics[0].scope_metrics[0].metrics
@@ -460,8 +462,8 @@ def test_own_meter_provider_only_where_metrics_go(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], own: bool
 ) -> None:
     made = MeterProvider()
-    monkeypatch.setattr(drops, "_own_provider", lambda: made)
-    assert (drops.publish(lambda: 0, environment) is made) is own
+    monkeypatch.setattr(meters, "_own_provider", lambda: made)
+    assert (meters.provider(environment) is made) is own
 
 
 def test_pending_is_bounded(make_world: Callable[..., World]) -> None:

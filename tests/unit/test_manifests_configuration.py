@@ -18,10 +18,14 @@ import yaml
 from collecting import FLAGS, FOLDER, RENDERINGS
 from deployed import program
 from manifest_renders import AUTOSCALING, PD, WIDE_EP, find, pod, rendered, variables
+from opentelemetry.sdk.metrics import MeterProvider
 from picking import Handle
 
 from grafana import queries
 from llmtrace.deploy.playbook import CHECKOUT
+from llmtrace.engine import meters
+from llmtrace.engine.steps import ids
+from llmtrace.engine.steps.sender import NODE_VARIABLES, node_name
 from llmtrace.picker import config
 from manifests.checks.render import MANIFESTS, OVERLAYS
 
@@ -258,6 +262,25 @@ def test_the_sidecar_is_between_the_pools_port_and_the_servers() -> None:
         assert int(flags.get("data-parallel-size", "1")) == ranks
         assert flags["tracing"] == "true"
         assert f"--port={flags['model-server-port']}" in " ".join(spec["containers"][0]["args"])
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_ranks_trace_the_same_steps_and_say_on_which_node(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pod of a group has one template, so what the plugin takes from the environment is the same in all."""
+    (server,) = pod(rendered(WIDE_EP), "LeaderWorkerSet", f"model-server-{role}")["containers"]
+    environment = variables(server)
+    assert ids.every(environment) == ids.EVERY_DEFAULT
+    assert ids.EVERY_VARIABLE in environment
+    (node,) = [variable for variable in server["env"] if variable["name"] in NODE_VARIABLES]
+    assert node["valueFrom"]["fieldRef"]["fieldPath"] == "spec.nodeName"
+    assert node_name(environment) == environment[node["name"]]
+    made = MeterProvider()
+    monkeypatch.setattr(meters, "_own_provider", lambda: made)
+    assert meters.provider(environment) is made
+    # Rates on the dashboard are over windows of two minutes.
+    assert int(environment["OTEL_METRIC_EXPORT_INTERVAL"]) <= 30_000
+    # The agent of a pod's node takes them, as it takes the pod's spans.
+    assert environment["OTEL_EXPORTER_OTLP_METRICS_ENDPOINT"] == environment["OTEL_EXPORTER_OTLP_ENDPOINT"]
 
 
 def test_servers_have_time_to_end() -> None:

@@ -1,0 +1,118 @@
+"""Counts an engine's forward passes beside its scheduler, and tells the workers what each of them runs.
+
+The description is a tuple of plain values, put on vLLM's SchedulerOutput as one more attribute: it is pickled along
+with it, and a worker without this plugin can still read the rest.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmtrace.engine.facts import is_sampled
+from llmtrace.engine.steps.ids import agree, every
+
+ATTRIBUTE = "llmtrace_step"
+MAX_LINKS = 64
+"""Callers' spans that a step links to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one forward pass runs. ``callers`` are ``traceparent`` headers of its sampled requests.
+
+    A pass that is not traced has its group and number only; a dummy pass has no requests.
+    """
+
+    group: str
+    number: int
+    traced: bool = False
+    dummy: bool = False
+    prefill_requests: int = 0
+    prefill_tokens: int = 0
+    decode_requests: int = 0
+    decode_tokens: int = 0
+    kv_read_tokens: int = 0
+    waiting_requests: int | None = None
+    callers: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens computed for requests."""
+        return self.prefill_tokens + self.decode_tokens
+
+
+class Batches:
+    """The forward passes of one engine, in order."""
+
+    def __init__(self, scheduler: Any, environment: MutableMapping[str, str] = os.environ) -> None:
+        self._scheduler = scheduler
+        self._environment = environment
+        self._joined = False
+        self._every = every(environment)
+        self.group = ""
+        self.number = 0
+        parallel = scheduler.vllm_config.parallel_config
+        self.rank = first_rank(parallel)
+        """Of the engine's first worker in the group."""
+
+    def join(self, engine: Any) -> None:
+        """Agree with the other engine cores on the group's name, if that was not done yet."""
+        if not self._joined:
+            self._joined = True
+            self.group = agree(getattr(engine, "dp_store", None), self._environment)
+
+    def scheduled(self, output: Any) -> Iterable[str]:
+        """A step was scheduled: tell the workers. Returns the ids of its requests if it is traced."""
+        tokens: Mapping[str, int] = output.num_scheduled_tokens
+        if not output.total_num_scheduled_tokens:
+            return ()  # nothing to compute: no forward pass
+        self.number += 1
+        if not self.group:
+            return ()
+        if self.number % self._every:
+            setattr(output, ATTRIBUTE, (self.group, self.number))
+            return ()
+        setattr(output, ATTRIBUTE, self._describe(tokens))
+        return tokens
+
+    def dummy(self) -> None:
+        """A pass without requests: the workers know by themselves."""
+        self.number += 1
+
+    def _describe(self, tokens: Mapping[str, int]) -> tuple[Any, ...]:
+        prefill_requests = prefill_tokens = decode_tokens = read = 0
+        callers: list[str] = []
+        for request_id, count in tokens.items():
+            request = self._scheduler.requests.get(request_id)
+            if request is None:
+                continue
+            after = request.num_computed_tokens
+            read += after
+            if after - count < request.num_prompt_tokens:
+                prefill_requests += 1
+                prefill_tokens += count
+            else:
+                decode_tokens += count
+            headers = request.trace_headers
+            if len(callers) < MAX_LINKS and is_sampled(headers):
+                callers.append(headers["traceparent"])
+        counts = getattr(self._scheduler, "get_request_counts", None)
+        return (
+            *(self.group, self.number, True, False, prefill_requests, prefill_tokens),
+            *(len(tokens) - prefill_requests, decode_tokens, read, None if counts is None else int(counts()[1])),
+            tuple(callers),
+        )
+
+
+def batch_of(output: Any) -> Batch | None:
+    """What a SchedulerOutput says; None where it comes from elsewhere (vLLM's warm-up)."""
+    told = getattr(output, ATTRIBUTE, None)
+    return None if told is None else Batch(*told)
+
+
+def first_rank(parallel: Any) -> int:
+    """In the group of all data-parallel engines, of an engine's first worker."""
+    return int(getattr(parallel, "data_parallel_rank", 0) or 0) * int(getattr(parallel, "world_size", 1))

@@ -1,0 +1,196 @@
+"""The steps of all ranks as columns: millions of rows, read from traces one after the other."""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmtrace.errors import UserError
+from llmtrace.scenarios.facts import items, text
+from llmtrace.semconv import attributes as a
+from llmtrace.traces.model import Attributes, AttributeValue, Trace
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+PHASES = ("attention", "dispatch", "experts", "combine", "wait")
+ATTRIBUTES = (a.STEP_ATTENTION, a.STEP_DISPATCH, a.STEP_EXPERTS, a.STEP_COMBINE, a.STEP_WAIT)
+"""Of the phases, in their order; milliseconds."""
+EXPERTS = PHASES.index("experts")
+COLLECTIVES = tuple(PHASES.index(name) for name in ("dispatch", "combine", "wait"))
+"""The phases in which a rank may wait for others."""
+COLUMNS: dict[str, AttributeValue] = {
+    **dict.fromkeys((a.WORLD_RANK, a.STEP_RANKS, *ATTRIBUTES)),
+    **dict.fromkeys((a.DP_RANK, a.STEP_DUMMY, a.STEP_PREFILL_TOKENS, a.STEP_DECODE_TOKENS, a.STEP_PADDED_TOKENS), 0),
+    a.SLOWEST_LAYER: -1,
+    a.SLOWEST_LAYER_TIME: 0.0,
+    a.NODE: "",
+}
+"""What is read of each span, and what stands for it where a span does not say it; None: its step does not count."""
+TIMES = frozenset((a.SLOWEST_LAYER_TIME, *ATTRIBUTES))
+"""Those that are no whole numbers."""
+_all = itemgetter(*COLUMNS)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """One row for each step and rank, ordered by step.
+
+    ``starts`` are the first rows of the steps, ``trace_ids`` the steps' traces. ``engine`` is the rank's data-parallel
+    engine. ``node`` is an index into ``nodes``, which are in order of name. ``phases`` is rows by :data:`PHASES`,
+    milliseconds. ``layer`` is the slowest MoE layer, -1 where it is not told, and ``layer_ms`` how long it took.
+    ``partial`` counts the steps that were left out because a rank's span is not there, or there twice, or does not say
+    how long its phases were. ``sent`` is ranks by experts: the tokens that each rank sent to each, over the whole steps
+    that say so; without columns where none does.
+    """
+
+    trace_ids: tuple[str, ...]
+    starts: Integers
+    rank: Integers
+    engine: Integers
+    node: Integers
+    start_ns: Integers
+    end_ns: Integers
+    phases: Floats
+    tokens: Integers
+    padded: Integers
+    dummy: NDArray[np.bool_]
+    layer: Integers
+    layer_ms: Floats
+    nodes: tuple[str, ...]
+    partial: int
+    sent: Integers
+
+    @property
+    def count(self) -> int:
+        """Steps."""
+        return len(self.starts)
+
+    @property
+    def sizes(self) -> Integers:
+        """Ranks of each step."""
+        return np.diff(np.append(self.starts, len(self.rank)))
+
+    @property
+    def duration(self) -> Floats:
+        """Of each row, milliseconds."""
+        return (self.end_ns - self.start_ns) / 1e6
+
+    @property
+    def other(self) -> Floats:
+        """What the phases leave of each row: preparing the batch, and what comes before and after the layers."""
+        rest: Floats = self.duration - self.phases.sum(axis=1)
+        return rest
+
+    @property
+    def expert_tokens(self) -> Integers:
+        """What each expert got from all ranks; empty where no step says so."""
+        total: Integers = self.sent.sum(axis=0)
+        return total
+
+    def spread(self, of_step: Floats) -> Floats:
+        """A value of each step, for each of its rows."""
+        return np.repeat(of_step, self.sizes)
+
+
+def read_steps(traces: Iterable[Trace]) -> Steps:
+    """The whole steps among the traces; those of other spans are passed over. UserError where there is none."""
+    columns = {name: array("d" if name in TIMES else "q") for name in COLUMNS if name != a.NODE}
+    starts, node, start_ns, end_ns = array("q"), array("q"), array("q"), array("q")
+    trace_ids: list[str] = []
+    nodes: dict[str, int] = {}
+    partial = 0
+    sent: dict[int, Integers] = {}
+    for trace in traces:
+        spans = [span for span in trace.spans if span.name == a.STEP_SPAN]
+        if not spans:
+            continue
+        told = _told([span.attributes for span in spans])
+        if told is None:
+            partial += 1
+            continue
+        trace_ids.append(trace.trace_id)
+        starts.append(len(node))
+        node.extend([nodes.setdefault(text(name), len(nodes)) for name in told.pop(a.NODE)])
+        start_ns.extend([span.start_ns for span in spans])
+        end_ns.extend([span.end_ns for span in spans])
+        for name, values in told.items():
+            columns[name].extend(cast("array[int]", values))
+        for span in spans:
+            if counts := items(span.attributes.get(a.EXPERT_TOKENS)):
+                world = cast("int", span.attributes[a.WORLD_RANK])
+                sent[world] = _added(sent.get(world, np.zeros(0, dtype=np.int64)), counts)
+    if not starts:
+        raise UserError(
+            "no trace has an engine_step span of every rank: does every rank's model server have llmtrace, "
+            "and are its steps sampled?"
+        )
+    named = sorted(nodes)
+    place = np.asarray([named.index(name) for name in nodes], dtype=np.int64)
+
+    def whole(name: str) -> Integers:
+        return np.frombuffer(columns[name], dtype=np.int64)
+
+    rank = whole(a.WORLD_RANK)
+    return Steps(
+        trace_ids=tuple(trace_ids),
+        starts=np.frombuffer(starts, dtype=np.int64),
+        rank=rank,
+        engine=whole(a.DP_RANK),
+        node=place[np.frombuffer(node, dtype=np.int64)],
+        start_ns=np.frombuffer(start_ns, dtype=np.int64),
+        end_ns=np.frombuffer(end_ns, dtype=np.int64),
+        phases=np.column_stack([np.frombuffer(columns[name], dtype=np.float64) for name in ATTRIBUTES]),
+        tokens=whole(a.STEP_PREFILL_TOKENS) + whole(a.STEP_DECODE_TOKENS),
+        padded=whole(a.STEP_PADDED_TOKENS),
+        dummy=whole(a.STEP_DUMMY).astype(np.bool_),
+        layer=whole(a.SLOWEST_LAYER),
+        layer_ms=np.frombuffer(columns[a.SLOWEST_LAYER_TIME], dtype=np.float64),
+        nodes=tuple(named),
+        partial=partial,
+        sent=_matrix(sent, 1 + int(rank.max())),
+    )
+
+
+def _told(spans: Sequence[Attributes]) -> dict[str, Sequence[AttributeValue] | array[Any]] | None:
+    """The columns of a step; None where it has not one span of each of its ranks that says what is read of it."""
+    try:
+        rows = [_all(told) for told in spans]
+    except KeyError:
+        rows = [tuple(told.get(name, default) for name, default in COLUMNS.items()) for told in spans]
+    found: dict[str, Sequence[AttributeValue] | array[Any]] = dict(zip(COLUMNS, zip(*rows, strict=True), strict=True))
+    try:
+        for name in COLUMNS:
+            if name != a.NODE:
+                found[name] = array("d" if name in TIMES else "q", cast("Sequence[int]", found[name]))
+    except (TypeError, OverflowError):
+        return None
+    is_whole = len(spans) == found[a.STEP_RANKS][0] and len(set(found[a.WORLD_RANK])) == len(spans)
+    return found if is_whole else None
+
+
+def _added(total: Integers, counts: Sequence[AttributeValue]) -> Integers:
+    """The sum of two counts of tokens by expert, of which one may know fewer experts; one that is none adds nothing."""
+    try:
+        # Of all ways from a list to an array the fastest, and a trace of many ranks has many lists.
+        found = np.frombuffer(struct.pack(f"{len(counts)}q", *counts), dtype=np.int64)
+    except struct.error:
+        return total
+    if len(found) == len(total):
+        return total + found
+    size = max(len(total), len(found))
+    return np.pad(total, (0, size - len(total))) + np.pad(found, (0, size - len(found)))
+
+
+def _matrix(sent: dict[int, Integers], ranks: int) -> Integers:
+    matrix = np.zeros((ranks, max((len(row) for row in sent.values()), default=0)), dtype=np.int64)
+    for world, row in sent.items():
+        matrix[world, : len(row)] = row
+    return matrix

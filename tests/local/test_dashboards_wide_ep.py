@@ -1,0 +1,29 @@
+"""The dashboard of wide expert parallelism, its rules and its alert on the running stack."""
+
+from __future__ import annotations
+
+import dashboards
+import pytest
+
+from llmtrace.stack import Stack
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def stack(wide_ep_stack: Stack) -> Stack:
+    dashboards.traffic(wide_ep_stack)
+    return wide_ep_stack
+
+
+def test_every_panel_has_data(stack: Stack) -> None:
+    dashboards.until_none(lambda: dashboards.without_data(stack, fewest=12), stack)
+
+
+def test_every_alert_has_something_to_go_by(stack: Stack) -> None:
+    dashboards.until_none(lambda: dashboards.rules_without_data(stack), stack)
+
+
+def test_the_steps_are_in_the_store(stack: Stack) -> None:
+    """Whether one is long depends on the machine; all are searched for."""
+    assert "Long steps" in dashboards.found_by_tables(stack)

@@ -1,0 +1,195 @@
+"""Steps of real mixtures of experts: every rank's span, both ways of links, who is slow, which experts got what."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine_servers import CHECKOUT, ModelServer, new_trace_id, serving, tiny_model
+from loopback import Receiver, receiving, until
+
+from bench.tiny_model_kinds import CHOICES, EVEN, ODD
+from llmtrace.scenarios.wide_ep.experts import expert_load
+from llmtrace.scenarios.wide_ep.steps import Integers, Steps, read_steps
+from llmtrace.scenarios.wide_ep.verify import step_faults
+from llmtrace.scenarios.wide_ep.waiting import stragglers
+from llmtrace.semconv import attributes as a
+from llmtrace.semconv.conformance import check
+from llmtrace.traces.model import Span, Trace
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
+
+RANKS = 2
+LAYERS = 2
+REQUESTS, TOKENS = 8, 12
+SHIM = CHECKOUT / "playbooks/roles/servers/files"
+EXTENSIONS = Path(__file__).with_name("vllm_extensions")
+DELAY_MS = 15.0
+"""In each layer."""
+SETTLE_S = 20.0
+QUIET_S = 1.0
+"""Without a further step: nothing runs any more."""
+
+
+class Server(ModelServer):
+    """A mixture of experts on two ranks, each step traced, with the extension that tells which experts vLLM chose."""
+
+    def __init__(self, folder: Path, receiver: Receiver, *arguments: str, kind: str, engines: int) -> None:
+        self.folder = folder
+        self.receiver = receiver
+        super().__init__(
+            folder,
+            receiver,
+            *("--enable-expert-parallel", "--max-model-len", "1024"),
+            *("--worker-extension-cls", "watched_ranks.WatchedRanks", *arguments),
+            engines=engines,
+            path=(SHIM, EXTENSIONS),
+            environment={
+                "LLMTRACE_STEP_EVERY": "1",
+                "LLMTRACE_EXPERTS_EVERY": "1",
+                "WATCHED_RANKS_FOLDER": str(folder),
+            },
+            model=tiny_model(kind),
+        )
+
+    def step_traces(self, after: int = 0) -> list[Trace]:
+        """The traces of the steps with a number above ``after``, in order."""
+        found = (self.receiver.trace(trace_id) for trace_id in self.receiver.trace_ids())
+        steps = [trace for trace in found if trace.spans and trace.spans[0].name == a.STEP_SPAN]
+        return sorted((t for t in steps if number(t) > after), key=number)
+
+    def settled(self, after: int) -> list[Trace]:
+        """The same, once all of them are whole and no more of them come."""
+
+        def whole() -> list[Trace] | None:
+            found = self.step_traces(after)
+            ends = [number(t) for t in found]
+            gaps = ends != list(range(after + 1, after + 1 + len(ends)))
+            return None if not found or gaps or any(len(t.spans) < RANKS for t in found) else found
+
+        last: list[Trace] = []
+        while True:
+            found: list[Trace] = until(whole, "the spans of every rank in every step", SETTLE_S, poll_s=0.5)
+            if len(found) == len(last):
+                return found
+            last = found
+            time.sleep(QUIET_S)
+
+    def ask(self, name: str) -> list[str]:
+        """Requests at once, each in a trace of its own."""
+        ids = [new_trace_id() for _ in range(REQUESTS)]
+
+        def one(n: int) -> None:
+            prompt = f"{name} {n} " * (4 + n)
+            self.complete(ids[n], prompt=prompt, max_tokens=TOKENS, ignore_eos=True).raise_for_status()
+
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            list(pool.map(one, range(REQUESTS)))
+        return ids
+
+    def routed(self, *ranks: int) -> Integers:
+        """Tokens of each expert since the start, by vLLM's account on these ranks."""
+        found = [np.fromfile(self.folder / f"routed-{rank}", dtype=np.int64) for rank in ranks]
+        total: Integers = np.sum(found, axis=0)
+        return total
+
+
+def number(step: Trace) -> int:
+    found = step.spans[0].attributes[a.STEP_NUMBER]
+    assert isinstance(found, int)
+    return found
+
+
+def linked(span: Span) -> set[str]:
+    return {link.trace_id for link in span.links}
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[Receiver]:
+    with receiving() as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="module")
+def data_parallel(receiver: Receiver, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("dp"), receiver, kind="moe", engines=RANKS)
+    with serving(server):
+        yield server
+
+
+def test_steps_of_two_data_parallel_ranks(data_parallel: Server, receiver: Receiver) -> None:
+    before = number(data_parallel.settled(0)[-1])
+    already = data_parallel.routed(*range(RANKS))
+    ids = data_parallel.ask("steps")
+    traces = data_parallel.settled(before)
+    routed = data_parallel.routed(*range(RANKS)) - already
+    assert [fault for trace in traces for fault in step_faults(trace)] == []
+    steps = read_steps(traces)
+    assert (steps.partial, set(steps.rank.tolist())) == (0, {0, 1})
+    assert steps.expert_tokens.tolist() == routed.tolist()
+    assert steps.tokens.sum() * LAYERS * CHOICES == routed.sum()
+    check_links(traces, ids, receiver)
+    assert check([*traces, *map(receiver.trace, ids)]).findings == []
+
+
+def check_links(traces: list[Trace], ids: list[str], receiver: Receiver) -> None:
+    """Each request links to the steps that ran it, and they to its caller."""
+    known = {trace.trace_id: trace for trace in traces}
+    assert {i for trace in traces for span in trace.spans for i in linked(span)} == set(ids)
+    for trace_id in ids:
+        spans = receiver.wait(trace_id, 4)
+        prefill = next(span for span in spans if span.name == a.PREFILL_SPAN)
+        decode = next(span for span in spans if span.name == a.DECODE_SPAN)
+        assert len(prefill.links) >= 1
+        assert len(prefill.links) + len(decode.links) == TOKENS
+        for link in (*prefill.links, *decode.links):
+            step = next(span for span in known[link.trace_id].spans if span.span_id == link.span_id)
+            assert step.attributes[a.DP_RANK] == prefill.attributes[a.DP_RANK]
+            assert trace_id in linked(step)
+            assert len(known[link.trace_id].spans) == RANKS
+
+
+def test_a_rank_slowed_on_purpose_is_named_with_its_delay(data_parallel: Server) -> None:
+    usual = stragglers(measured(data_parallel, "usual"))
+    slow = data_parallel.folder / "slow"
+    for rank in range(RANKS):
+        slow.write_text(f"{rank} {DELAY_MS}")
+        try:
+            first = stragglers(measured(data_parallel, f"slow {rank}"))[0]
+        finally:
+            slow.unlink()
+        assert (first.rank, first.phase) == (rank, "experts"), (first, usual)
+        assert first.share > 0.9
+        assert LAYERS * DELAY_MS * 0.7 < first.delay_ms < LAYERS * DELAY_MS * 1.5
+
+
+def measured(server: Server, name: str) -> Steps:
+    before = number(server.settled(0)[-1])
+    server.ask(name)
+    return read_steps(server.settled(before))
+
+
+def test_a_skewed_router_of_two_tensor_parallel_ranks(receiver: Receiver, tmp_path: Path) -> None:
+    with receiving() as own:
+        arguments = ("--tensor-parallel-size", str(RANKS), "--distributed-executor-backend", "mp")
+        server = Server(tmp_path, own, *arguments, kind="skewed", engines=1)
+        with serving(server):
+            before = number(server.settled(0)[-1])
+            already = server.routed(0)
+            ids = server.ask("skew")
+            traces = server.settled(before)
+            routed = server.routed(0) - already  # both ranks route the same tokens
+            check_links(traces, ids, own)
+    assert [fault for trace in traces for fault in step_faults(trace)] == []
+    steps = read_steps(traces)
+    assert steps.expert_tokens.tolist() == routed.tolist()
+    load = expert_load(steps.expert_tokens)
+    assert load is not None
+    assert set(load.top[:4]) == {*EVEN, *ODD}
+    assert sum(load.shares[:4]) == 1.0
+    assert load.shares[:4] == [routed[expert] / routed.sum() for expert in load.top[:4]]
+    assert all(steps.phases[:, 3] > 0), "the all-reduce after a layer is combine"

@@ -1,0 +1,77 @@
+"""Made-up steps of ranks on nodes: work of each rank, and the waiting that follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from llmtrace.semconv import attributes as a
+from llmtrace.traces.model import Span, Trace
+
+START_NS = 1_700_000_000_000_000_000
+STEP_NS = 50_000_000
+ATTENTION_MS, EXPERTS_MS, TRANSFER_MS, OTHER_MS = 4.0, 6.0, 0.5, 1.0
+
+
+def step(
+    number: int,
+    ranks: int,
+    *,
+    ranks_per_node: int = 8,
+    attention_ms: Mapping[int, float] | None = None,
+    experts_ms: Mapping[int, float] | None = None,
+    other_ms: Mapping[int, float] | None = None,
+    clock_ms: Mapping[int, float] | None = None,
+    tokens: Sequence[int] = (),
+) -> Trace:
+    """The trace of a step. Times are the work of single ranks where it is not the usual; ``clock_ms`` is how far the
+    clock of a node is ahead; ``tokens`` are those that every rank sent to each expert.
+
+    Ranks begin together. Before the experts and after them stands a collective, which takes TRANSFER_MS from the moment
+    at which the last rank comes to it.
+    """
+    before = [(attention_ms or {}).get(r, ATTENTION_MS) + (other_ms or {}).get(r, OTHER_MS) for r in range(ranks)]
+    experts = [(experts_ms or {}).get(r, EXPERTS_MS) for r in range(ranks)]
+    dispatched = max(before) + TRANSFER_MS
+    combined = dispatched + max(experts) + TRANSFER_MS
+    spans = []
+    for r in range(ranks):
+        node = r // ranks_per_node
+        start = START_NS + number * STEP_NS + round((clock_ms or {}).get(node, 0.0) * 1e6)
+        attributes = {
+            a.WORLD_RANK: r,
+            a.DP_RANK: r,
+            a.NODE: f"node-{node}",
+            a.STEP_RANKS: ranks,
+            a.STEP_DUMMY: False,
+            a.STEP_PREFILL_TOKENS: 0,
+            a.STEP_DECODE_TOKENS: 4,
+            a.STEP_PADDED_TOKENS: 0,
+            a.STEP_ATTENTION: (attention_ms or {}).get(r, ATTENTION_MS),
+            a.STEP_DISPATCH: dispatched - before[r],
+            a.STEP_EXPERTS: experts[r],
+            a.STEP_COMBINE: combined - dispatched - experts[r],
+            a.STEP_WAIT: 0.0,
+            a.SLOWEST_LAYER: 0,
+            a.SLOWEST_LAYER_TIME: experts[r],
+        }
+        if tokens:
+            attributes[a.EXPERT_TOKENS] = list(tokens)
+        spans.append(
+            Span(
+                trace_id=f"{number + 1:032x}",
+                span_id=f"{r + 1:016x}",
+                parent_id=None,
+                name=a.STEP_SPAN,
+                kind="INTERNAL",
+                start_ns=start,
+                end_ns=start + round(combined * 1e6),
+                attributes=attributes,
+                resource={"service.name": a.SERVER_SERVICE},
+            )
+        )
+    return Trace(f"{number + 1:032x}", tuple(spans))
+
+
+def steps(count: int, ranks: int, **more: object) -> Iterator[Trace]:
+    for number in range(count):
+        yield step(number, ranks, **more)  # type: ignore[arg-type]

@@ -1,0 +1,172 @@
+"""The wide-ep answer, from made-up steps and the requests that link to them."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+from example_steps import ATTENTION_MS, EXPERTS_MS, START_NS, TRANSFER_MS, step, steps
+from rich.console import Console
+
+from llmtrace.scenarios import wide_ep
+from llmtrace.scenarios.facts import Served
+from llmtrace.scenarios.wide_ep.answer import WideEpAnswer, answer
+from llmtrace.scenarios.wide_ep.requests import request_steps
+from llmtrace.scenarios.wide_ep.steps import read_steps
+from llmtrace.scenarios.wide_ep.text import answer_text
+from llmtrace.scenarios.wide_ep.verify import _link_problems
+from llmtrace.scenarios.wide_ep.workload import WideEpWorkload
+from llmtrace.semconv import attributes as a
+from llmtrace.traces.model import Link, Span, Trace
+
+SLOW_MS = 20.0
+RANKS = 4
+
+
+def request(number: int, engine: int, prefill: list[Trace], decode: list[Trace], tokens: int = 8) -> Trace:
+    """A request's trace: the client's span, and the engine's with links to steps."""
+    trace_id = f"{number:08x}" + "f" * 24
+
+    def span(index: int, name: str, service: str, linked: list[Trace], **attributes: object) -> Span:
+        return Span(
+            trace_id=trace_id,
+            span_id=f"{index:016x}",
+            parent_id=None if index == 1 else f"{1:016x}",
+            name=name,
+            kind="CLIENT" if index == 1 else "INTERNAL",
+            start_ns=START_NS + index,
+            end_ns=START_NS + index + 1000,
+            attributes=attributes,  # type: ignore[arg-type]
+            resource={"service.name": service},
+            links=tuple(Link(t.trace_id, f"{engine + 1:016x}") for t in linked),
+        )
+
+    client = {a.RUN_ID: "r", a.ARM: "balanced", a.PAIR_ID: str(number), a.BLOCK: 0, a.TENANT: "library"}
+    engine_facts = {a.DP_RANK: engine, a.COMPUTED_TOKENS: tokens, a.PREFILL_CHUNKS: max(len(prefill), 1)}
+    return Trace(
+        trace_id,
+        (
+            span(1, "chat tiny-moe", a.CLIENT_SERVICE, [], **client),
+            span(2, a.PREFILL_SPAN, a.SERVER_SERVICE, prefill, **engine_facts),
+            span(3, a.DECODE_SPAN, a.SERVER_SERVICE, decode, **{a.DP_RANK: engine}),
+        ),
+    )
+
+
+def block(requests: int) -> Trace:
+    attributes = {a.RUN_ID: "r", a.ARM: "balanced", a.BLOCK: 0, a.BLOCK_REQUESTS: requests, a.REQUEST_MODEL: "tiny-moe"}
+    span = Span("b" * 32, "b" * 16, None, a.BLOCK_SPAN, "INTERNAL", START_NS, START_NS + 1, attributes=attributes)
+    return Trace("b" * 32, (span,))
+
+
+@pytest.fixture
+def found() -> WideEpAnswer:
+    """Rank 2 is slow in the experts of every second step."""
+    made = [
+        step(n, RANKS, ranks_per_node=2, experts_ms={2: EXPERTS_MS + SLOW_MS * (n % 2)}, tokens=[9, 1, 0, 0])
+        for n in range(10)
+    ]
+    asked = [request(1, 0, made[:1], made[1:5]), request(2, 2, made[5:6], made[6:])]
+    return answer("r", [block(2), *asked, *made])
+
+
+def test_the_answer_names_the_straggler_and_what_balance_would_save(found: WideEpAnswer) -> None:
+    steps = found.steps
+    assert (steps.steps, steps.ranks, steps.partial) == (10, RANKS, 0)
+    first = max(steps.stragglers, key=lambda s: s.delay_ms)
+    assert (first.rank, first.node, first.phase) == (2, "node-1", "experts")
+    assert first.delay_ms == pytest.approx(SLOW_MS)
+    assert steps.saving_ms == pytest.approx(5 * SLOW_MS * (1 - 1 / RANKS))
+    assert steps.waited_ms == pytest.approx(5 * SLOW_MS * (1 - 1 / RANKS))
+    assert "Waiting takes" in found.verdict
+    assert all(check.ok for check in found.checks), found.checks
+
+
+def test_time_by_rank_and_node_adds_up_to_the_steps(found: WideEpAnswer) -> None:
+    assert [share.rank for share in found.steps.by_rank] == [*range(RANKS)]
+    assert [share.node for share in found.steps.by_rank] == ["node-0", "node-0", "node-1", "node-1"]
+    for share in (*found.steps.by_rank, *found.steps.by_node):
+        assert sum(share.ms) == pytest.approx(share.step_ms)
+    assert [(share.node, share.steps) for share in found.steps.by_node] == [("node-0", 20), ("node-1", 20)]
+    slow = found.steps.by_rank[2]
+    assert slow.ms[0] == pytest.approx(ATTENTION_MS)
+    assert slow.ms[2] == pytest.approx(EXPERTS_MS + SLOW_MS / 2)
+    assert slow.waited_ms == pytest.approx(0.0)
+
+
+def test_what_each_request_waited_for(found: WideEpAnswer) -> None:
+    waiting, slow = found.requests
+    assert (waiting.rank, waiting.prefill_steps, waiting.decode_steps) == (0, 1, 4)
+    assert waiting.waited_ms == pytest.approx(2 * SLOW_MS)  # of the steps 0 to 4 two are slow
+    assert (slow.rank, slow.waited_ms) == (2, pytest.approx(0.0))
+    assert waiting.ms[1] == pytest.approx(5 * TRANSFER_MS)
+    lost = SLOW_MS * (1 - 1 / RANKS)
+    assert waiting.imbalance_ms == pytest.approx(2 * lost)
+    # Of 16 tokens a step it had 8 in the prefill's, where nothing was lost, and one in each other.
+    assert waiting.caused_ms == pytest.approx(2 * lost / 16)
+    assert slow.caused_ms == pytest.approx(lost * 8 / 16 + 2 * lost / 16)
+
+
+def test_experts_and_ranks(found: WideEpAnswer) -> None:
+    assert found.steps.experts is not None
+    assert found.steps.experts.top[:2] == [0, 1]
+    assert found.steps.sent == [[90, 10, 0, 0]] * RANKS
+
+
+def test_a_link_to_a_step_that_is_not_there_is_told() -> None:
+    made = [step(n, RANKS) for n in range(3)]
+    without = request(2, 0, [], [])
+    found = answer("r", [block(2), request(1, 0, made[:1], made[1:]), without, made[0]])
+    by_name = {check.name: check for check in found.checks}
+    assert by_name["the steps that requests link to are there"].ok is False
+    assert by_name["every request links to the steps that ran it"].disagreements == [f"{without.trace_id} (balanced)"]
+
+
+def test_verify_reads_the_steps_to_which_a_request_links() -> None:
+    whole, broken = step(0, RANKS), step(1, RANKS)
+    broken = replace(broken, spans=broken.spans[:3])
+    store = {t.trace_id: t for t in (whole, broken)}
+    good = request(1, 0, [whole], [])
+    assert list(_link_problems(good, store.get)) == []
+    (missing,) = _link_problems(request(1, 0, [], []), store.get)
+    assert missing.message == "no span links to a step of the engine"
+    rank, absent = _link_problems(request(1, 0, [broken], [step(7, RANKS)]), store.get)
+    assert rank.message.endswith(f"{RANKS} ranks stepped, and these sent no span: 3")
+    assert "to which it links has no span" in absent.message
+
+
+def test_the_terminal_and_the_report_show_it(found: WideEpAnswer) -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    for part in answer_text(found):
+        console.print(part)
+    text = console.export_text()
+    for words in ("10 steps of 4 ranks", "node-1", found.requests[0].trace_id, "fullest has 3.60 times"):
+        assert words in text
+    html = wide_ep.SCENARIO.html(found)
+    assert "Mean ms per step, by rank and phase" in html
+    assert "Tokens that each rank sent to each expert" in html
+    assert found.requests[0].trace_id in html
+    assert "<script src" not in html
+
+
+def test_no_tokens_of_experts_and_one_rank() -> None:
+    found = answer("r", [block(0), *steps(3, 1)])
+    assert found.verdict == "One rank steps alone: nobody waits."
+    assert found.steps.experts is None
+    assert wide_ep.SCENARIO.html(found)
+
+
+def test_the_workload_is_the_same_for_a_seed_and_needs_no_long_context() -> None:
+    workload = WideEpWorkload()
+    sent = [chat.requests[0] for n in range(workload.blocks) for chat in workload.chats(n)]
+    assert len(sent) == workload.size == 24
+    assert sent == [chat.requests[0] for n in range(workload.blocks) for chat in WideEpWorkload().chats(n)]
+    assert max(len(r.messages[0]["content"]) for r in sent) < 500
+    assert len({r.messages[0]["content"] for r in sent}) == len(sent)
+
+
+def test_requests_without_steps_are_left_out() -> None:
+    made = [step(0, RANKS)]
+    served = Served("0" * 32, "balanced", 0, "1", "t", "c", 0, 0, False, None, None, None, None, None, None)
+    assert request_steps(read_steps(made), [served], made) == []

@@ -1,0 +1,139 @@
+"""What the wide-ep analysis makes of steps whose truth is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from example_steps import ATTENTION_MS, EXPERTS_MS, OTHER_MS, TRANSFER_MS, step, steps
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmtrace.errors import UserError
+from llmtrace.scenarios.wide_ep.clocks import skews
+from llmtrace.scenarios.wide_ep.experts import expert_load
+from llmtrace.scenarios.wide_ep.steps import read_steps
+from llmtrace.scenarios.wide_ep.verify import step_faults
+from llmtrace.scenarios.wide_ep.waiting import balance_saving_ms, stragglers, waited
+from llmtrace.semconv import attributes as a
+from llmtrace.traces.model import AttributeValue, Trace
+
+DELAY_MS = 20.0
+
+
+def test_columns() -> None:
+    found = read_steps(steps(3, 16))
+    assert (found.count, len(found.rank), found.nodes, found.partial) == (3, 48, ("node-0", "node-1"), 0)
+    assert found.sizes.tolist() == [16, 16, 16]
+    assert found.rank.tolist() == [*range(16)] * 3
+    assert found.node.tolist() == [0] * 8 + [1] * 8 + [0] * 8 + [1] * 8 + [0] * 8 + [1] * 8
+    assert found.phases[0].tolist() == [ATTENTION_MS, TRANSFER_MS, EXPERTS_MS, TRANSFER_MS, 0.0]
+    assert found.other == pytest.approx(np.full(48, OTHER_MS), abs=1e-5)
+    assert set(found.tokens.tolist()) == {4}
+
+
+@pytest.mark.parametrize("slow", ["attention", "experts", "other"])
+def test_a_slow_rank_is_named_with_its_delay_and_its_phase(slow: str) -> None:
+    usual = {"attention": ATTENTION_MS, "experts": EXPERTS_MS, "other": OTHER_MS}[slow]
+    found = read_steps(steps(10, 16, **{f"{slow}_ms": {11: usual + DELAY_MS}}))
+    (straggler,) = stragglers(found)
+    assert (straggler.rank, straggler.node, straggler.steps, straggler.share) == (11, "node-1", 10, 1.0)
+    assert straggler.phase == slow
+    assert straggler.delay_ms == pytest.approx(DELAY_MS)
+    assert straggler.total_ms == pytest.approx(10 * DELAY_MS)
+
+
+def test_two_slow_ranks_each_with_its_steps() -> None:
+    mixed = [step(n, 4, experts_ms={n % 3 % 2 + 1: EXPERTS_MS + DELAY_MS}) for n in range(9)]
+    first, second = stragglers(read_steps(mixed))
+    assert [(s.rank, s.steps) for s in (first, second)] == [(1, 6), (2, 3)]
+
+
+def test_one_rank_waits_for_nobody() -> None:
+    found = read_steps(steps(3, 1))
+    assert stragglers(found) == []
+    assert waited(found).tolist() == [0.0] * 3
+
+
+@given(st.lists(st.floats(0.1, 50), min_size=2, max_size=8))
+def test_waiting_is_the_distance_to_the_last(work: list[float]) -> None:
+    found = read_steps([step(0, len(work), experts_ms=dict(enumerate(work)))])
+    assert waited(found) == pytest.approx([max(work) - w for w in work], abs=1e-9)
+    assert balance_saving_ms(found) == pytest.approx(max(work) - sum(work) / len(work), abs=1e-9)
+
+
+def test_a_step_that_lacks_a_rank_or_has_one_twice_is_left_out_and_counted() -> None:
+    whole = step(0, 4)
+    missing = Trace("b" * 32, step(1, 4).spans[:3])
+    again = step(2, 4).spans
+    twice = Trace("c" * 32, (*again[:3], replace(again[0], span_id="f" * 16)))
+    silent = [replace(s, attributes={k: v for k, v in s.attributes.items() if k != a.STEP_WAIT}) for s in again]
+    found = read_steps([whole, missing, twice, Trace("d" * 32, tuple(silent)), Trace("e" * 32, ())])
+    assert (found.count, found.partial) == (1, 3)
+    with pytest.raises(UserError, match="engine_step"):
+        read_steps([missing])
+
+
+@pytest.mark.parametrize("odd", ["4", None, [4], 2**70, 0.5])
+@pytest.mark.parametrize("name", [a.WORLD_RANK, a.STEP_PREFILL_TOKENS, a.STEP_ATTENTION, a.EXPERT_TOKENS])
+def test_what_is_no_number_makes_a_step_not_count_and_no_more(name: str, odd: AttributeValue) -> None:
+    whole, other = step(0, 4, tokens=[1, 2]), step(1, 4, tokens=[1, 2]).spans
+    changed = replace(other[2], attributes={**other[2].attributes, name: [odd] if name == a.EXPERT_TOKENS else odd})
+    found = read_steps([whole, Trace("b" * 32, (*other[:2], changed, other[3]))])
+    if name == a.EXPERT_TOKENS:
+        assert (found.count, found.expert_tokens.tolist()) == (2, [7, 14])
+    elif (name, odd) in ((a.STEP_ATTENTION, 0.5), (a.STEP_ATTENTION, 2**70)):
+        assert found.count == 2
+    else:
+        assert (found.count, found.partial) == (1, 1)
+
+
+def test_experts_of_which_a_later_step_knows_more() -> None:
+    found = read_steps([step(0, 2, tokens=[1, 2]), step(1, 2, tokens=[1, 2, 3])])
+    assert found.sent.tolist() == [[2, 4, 3]] * 2
+
+
+def test_skewed_experts_are_reported_with_their_shares() -> None:
+    load = expert_load(read_steps(steps(5, 2, tokens=[10, 0, 70, 20])).expert_tokens)
+    assert load is not None
+    assert (load.experts, load.tokens, load.top[:2]) == (4, 1000, [2, 3])
+    assert load.shares[:2] == [0.7, 0.2]
+    assert load.max_over_mean == pytest.approx(2.8)
+    assert 0 < load.entropy < 1
+
+
+def test_even_and_no_experts() -> None:
+    even = expert_load(np.full(8, 5))
+    assert even is not None
+    assert (even.max_over_mean, even.entropy) == pytest.approx((1.0, 1.0))
+    assert expert_load(read_steps(steps(2, 2)).expert_tokens) is None
+
+
+@pytest.mark.parametrize("ahead_ms", [25.0, -3.0])
+def test_a_skewed_clock_is_told_and_changes_nothing_else(ahead_ms: float) -> None:
+    found = read_steps(steps(20, 24, clock_ms={1: ahead_ms}, experts_ms={11: EXPERTS_MS + DELAY_MS}))
+    one, two = skews(found)
+    assert (one.node, one.reference, one.told, one.steps) == ("node-1", "node-0", True, 20)
+    assert one.skew_ms == pytest.approx(ahead_ms)
+    assert (two.node, two.told) == ("node-2", False)
+    (straggler,) = stragglers(found)
+    assert (straggler.rank, straggler.delay_ms) == (11, pytest.approx(DELAY_MS))
+
+
+def test_a_good_step_has_no_fault() -> None:
+    assert step_faults(step(0, 4)) == []
+    assert step_faults(Trace("e" * 32, ())) == []
+
+
+def test_the_faults_of_a_step_are_named() -> None:
+    good = step(0, 4).spans
+    (missing,) = step_faults(Trace("a" * 32, (good[0], good[3])))
+    assert missing == "4 ranks stepped, and these sent no span: 1, 2"
+    (twice,) = step_faults(Trace("a" * 32, (*good, replace(good[2], span_id="f" * 16))))
+    assert twice == "rank 2 sent 2 spans"
+    long = replace(good[1], attributes={**good[1].attributes, a.STEP_EXPERTS: 100.0})
+    (more,) = step_faults(Trace("a" * 32, (good[0], long, *good[2:])))
+    assert more == "the phases of rank 1 take 105.0 ms, its step 12.0 ms"
+    silent = replace(good[1], attributes={k: v for k, v in good[1].attributes.items() if k != a.STEP_WAIT})
+    assert step_faults(Trace("a" * 32, (good[0], silent, *good[2:]))) == [f"rank 1 does not say {a.STEP_WAIT}"]
