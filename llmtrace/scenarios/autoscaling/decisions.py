@@ -9,8 +9,15 @@ from llmtrace.scenarios.facts import integer, number, strings, text
 from llmtrace.semconv import attributes as a
 from llmtrace.traces.model import Span, Trace
 
-PHASES = (a.CONTAINER_START_SPAN, a.MODEL_LOAD_SPAN, a.READY_SPAN, a.FIRST_REQUEST_SPAN)
-"""The phases of a replica's start; with Kubernetes, pod.schedule and image.pull come before them."""
+PHASES = (
+    a.SCHEDULE_SPAN,
+    a.IMAGE_PULL_SPAN,
+    a.CONTAINER_START_SPAN,
+    a.MODEL_LOAD_SPAN,
+    a.READY_SPAN,
+    a.FIRST_REQUEST_SPAN,
+)
+"""The phases of a replica's start; the first two with Kubernetes only."""
 
 
 @dataclass(frozen=True)
