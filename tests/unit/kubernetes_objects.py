@@ -134,7 +134,8 @@ def rescale(
     """The event SuccessfulRescale of the HPA."""
     why = (
         reason
-        or f"external metric {METRIC}(&LabelSelector{{MatchLabels:map[string]string{{model_name: llama,}},}}) above target"
+        or f"external metric {METRIC}(&LabelSelector{{MatchLabels:map[string]string{{model_name: llama,}},"
+        "MatchExpressions:[]LabelSelectorRequirement{},}) above target"
     )
     about = {"kind": "HorizontalPodAutoscaler", "namespace": NAMESPACE, "name": "vllm", "uid": uid}
     return event("SuccessfulRescale", f"New size: {size}; reason: {why}", time, about, first=first)

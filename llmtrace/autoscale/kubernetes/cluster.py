@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from llmtrace.autoscale.kubernetes import pods as of_pods
 from llmtrace.autoscale.kubernetes.api import Kind
@@ -42,7 +42,8 @@ _DELETED_POD = re.compile(r"(?:Deleted pod: |delete Pod )(\S+)")
 class Cluster:
     """Takes what the watches tell. Everything may be told twice, and late; times in nanoseconds since the epoch."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], int] = time.time_ns) -> None:
+        self._clock = clock
         self._objects: dict[Kind, dict[str, Object]] = {}
         self._pods: dict[str, Pod] = {}
         self._gone: dict[str, tuple[Pod, int]] = {}
@@ -61,7 +62,7 @@ class Cluster:
         self._told = True
         found = {uid(item): item for item in items}
         if kind == PODS:
-            now = time.time_ns()
+            now = self._clock()
             for pod in [p for key, p in self._pods.items() if key not in found]:
                 self._lose(pod, now)
             self._pods = {key: of_pods.read(item) for key, item in found.items()}
@@ -76,7 +77,7 @@ class Cluster:
         if kind == PODS:
             pod = of_pods.read(item)
             if event == "DELETED":
-                self._lose(pod, time.time_ns())
+                self._lose(pod, self._clock())
             else:
                 self._pods[pod.uid] = pod
             return
