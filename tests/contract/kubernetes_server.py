@@ -74,7 +74,9 @@ class ApiServer:
     async def bookmark(self, path: str) -> None:
         """Tell watches that nothing changed up to now."""
         self.version += 1
-        self.log[path].append((self.version, "BOOKMARK", {"kind": "X", "metadata": {"resourceVersion": str(self.version)}}))
+        self.log[path].append(
+            (self.version, "BOOKMARK", {"kind": "X", "metadata": {"resourceVersion": str(self.version)}})
+        )
         await self._notify()
 
     def compact(self) -> None:

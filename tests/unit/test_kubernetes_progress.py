@@ -46,7 +46,10 @@ class Scene:
 
 
 def phases(decision: Watched, number: int = 0) -> dict[str, tuple[int, int]]:
-    return {p.name: (p.start_ns // 10**9 - ns(0) // 10**9, p.end_ns // 10**9 - ns(0) // 10**9) for p in decision.replicas[number].phases}
+    return {
+        p.name: (p.start_ns // 10**9 - ns(0) // 10**9, p.end_ns // 10**9 - ns(0) // 10**9)
+        for p in decision.replicas[number].phases
+    }
 
 
 def test_the_phases_of_a_start_follow_one_another_from_the_decision_on():
@@ -104,7 +107,10 @@ def test_a_replica_without_a_request_is_unused_after_a_while():
 @pytest.mark.parametrize(
     ("made", "reason"),
     [
-        (pod("vllm-b", 11, unschedulable="0/3 nodes are available: 3 Insufficient nvidia.com/gpu."), "Insufficient nvidia.com/gpu"),
+        (
+            pod("vllm-b", 11, unschedulable="0/3 nodes are available: 3 Insufficient nvidia.com/gpu."),
+            "Insufficient nvidia.com/gpu",
+        ),
         (pod("vllm-b", 11, 12, waiting="ImagePullBackOff"), "ImagePullBackOff"),
     ],
 )
@@ -124,7 +130,9 @@ def test_a_replica_that_never_gets_ready_says_why(made, reason):
 def test_a_pod_that_could_not_be_made_says_why():
     scene = Scene(1, 2)
     about = {"kind": "ReplicaSet", "namespace": "llm-d", "name": "vllm-5d4f", "uid": "rs"}
-    scene.cluster.replace(REFUSED, [event("FailedCreate", 'pods "vllm-5d4f-x" is forbidden: exceeded quota: gpus', 12, about)])
+    scene.cluster.replace(
+        REFUSED, [event("FailedCreate", 'pods "vllm-5d4f-x" is forbidden: exceeded quota: gpus', 12, about)]
+    )
     scene.follow(611)
     (record,) = scene.decision.replicas
     assert record.outcome == a.OUTCOME_FAILED
@@ -212,7 +220,9 @@ def test_pods_that_go_later_are_not_of_this_decision():
 
 def test_a_replica_of_a_leader_worker_set_is_ready_with_its_last_pod():
     scene = Scene(1, 2, kind="LeaderWorkerSet", size=2)
-    scene.cluster.replace(PODS, [member(0, 0, -50, -40, -30, -20), member(0, 1, -50, -40, -30, -20), member(1, 0, 11, 12, 20, 50)])
+    scene.cluster.replace(
+        PODS, [member(0, 0, -50, -40, -30, -20), member(0, 1, -50, -40, -30, -20), member(1, 0, 11, 12, 20, 50)]
+    )
     scene.follow(51)
     assert [r.name for r in scene.decision.replicas] == ["vllm-1"]
     assert scene.decision.replicas[0].outcome is None

@@ -229,6 +229,7 @@ class Term:
             if not await asyncio.to_thread(self._sender.send, decision):
                 return
             state.decisions.remove(decision)
+            await self._save()
 
 
 async def _end(*tasks: asyncio.Task[None] | asyncio.Task[bool]) -> None:

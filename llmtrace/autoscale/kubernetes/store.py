@@ -6,6 +6,7 @@ watcher's namespace, and its resourceVersion keeps a watcher that leads no longe
 
 from __future__ import annotations
 
+import asyncio
 import time
 from http import HTTPStatus
 
@@ -36,6 +37,7 @@ class Store:
         self._object: Object = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}}
         self._written = ""
         self._saved: set[str] = set()
+        self._saving = asyncio.Lock()
 
     def holds(self, decision_id: str) -> bool:
         """Whether a decision was in the state that was written last."""
@@ -63,19 +65,20 @@ class Store:
 
     async def save(self, state: State) -> None:
         """Write the state if it changed; raises LostError where another has."""
-        text = state.model_dump_json()
-        while len(text) > MOST_BYTES and state.decisions:
-            del state.decisions[0]
+        async with self._saving:
             text = state.model_dump_json()
-        if text == self._written:
-            return
-        try:
-            self._object = await self._api.replace(self._path, self._body(text))
-        except ApiException as error:
-            if error.status == HTTPStatus.CONFLICT:
-                raise LostError from None
-            raise
-        self._written, self._saved = text, {d.id for d in state.decisions}
+            while len(text) > MOST_BYTES and state.decisions:
+                del state.decisions[0]
+                text = state.model_dump_json()
+            if text == self._written:
+                return
+            try:
+                self._object = await self._api.replace(self._path, self._body(text))
+            except ApiException as error:
+                if error.status == HTTPStatus.CONFLICT:
+                    raise LostError from None
+                raise
+            self._written, self._saved = text, {d.id for d in state.decisions}
 
     def _body(self, text: str) -> Object:
         return self._object | {"data": {KEY: text}}
