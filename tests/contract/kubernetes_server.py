@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import defaultdict
-from typing import Any
+from typing import Any, Self
 
 from aiohttp import web
 
@@ -38,7 +38,7 @@ class ApiServer:
         self.port = 0
         self._closing: set[web.StreamResponse] = set()
 
-    async def __aenter__(self) -> ApiServer:
+    async def __aenter__(self) -> Self:
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", self._answer)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -120,7 +120,7 @@ class ApiServer:
                     return web.json_response({"kind": "Status", "code": 409, "message": "conflict"}, status=409)
                 return web.json_response(await self.put(folder, body))
             return web.json_response(self.objects[folder][name])
-        if name in ("llmtrace-autoscale",):
+        if name == "llmtrace-autoscale":
             return web.json_response({"kind": "Status", "code": 404, "message": "not found"}, status=404)
         return web.json_response(self._list(request))
 

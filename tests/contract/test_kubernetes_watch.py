@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import sys
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import pytest
 import yaml
 from kubernetes_server import ApiServer
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+from scaling import until
+
 from llmtrace.autoscale.kubernetes.api import Api, Kind, follow
 from llmtrace.errors import UserError
 
 PODS = Kind("", "v1", "pods")
 PATH = "/api/v1/namespaces/llm-d/pods"
-WAIT_S = 10
 
 
 def kubeconfig(folder: Path, port: int) -> Path:
@@ -60,13 +63,6 @@ class Sink:
 
 def pod(name: str, note: str = "") -> dict:
     return {"kind": "Pod", "metadata": {"name": name, "annotations": {"note": note}}}
-
-
-async def until(holds: Callable[[], bool], what: str) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not holds():
-            await asyncio.sleep(0.01)
-    assert holds(), what
 
 
 @asynccontextmanager

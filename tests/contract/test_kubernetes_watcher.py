@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from test_kubernetes_watch import kubeconfig
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 import kubernetes_objects
 from kubernetes_objects import deployment, hpa, ns, pod, pulled, rescale
+from scaling import until
 
 from llmtrace.autoscale.kubernetes.api import Api
 from llmtrace.autoscale.kubernetes.controller import Options, Watcher
@@ -100,14 +101,6 @@ async def watching(
         stop.set()
         async with asyncio.timeout(WAIT_S):
             await asyncio.wait([task])
-
-
-async def until(holds: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not holds():
-        if time.monotonic() > deadline:
-            pytest.fail(f"waited {WAIT_S} s for {what}")
-        await asyncio.sleep(0.02)
 
 
 def leads(server: ApiServer, identity: str) -> bool:

@@ -1,0 +1,333 @@
+"""The watcher beside a real HPA controller: its traces agree with what the API server says has happened.
+
+Real: etcd, kube-apiserver, kube-controller-manager (HPA, Deployment, ReplicaSet), authorisation by the Role and
+RoleBinding of manifests/base/autoscale, the watcher as a process, OTLP. In their place: the metric (an adapter of the
+external metrics API, whose value the test sets), and scheduler and kubelet (pods get their conditions from the test).
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from kubernetes_plane import METRICS_PATH, NAMESPACE, WATCHER, Nodes, Plane, Running, control_plane
+from loopback import Receiver, receiving, until
+
+from bench.processes import process
+from llmtrace.semconv import attributes as a
+from llmtrace.traces.model import Span, Trace
+
+MANIFESTS = Path(__file__).parents[2] / "manifests" / "base" / "autoscale"
+QUERY_METRIC = "llm_d_epp_flow_control_queue_size"
+HPA = "/apis/autoscaling/v2/namespaces/llm-d/horizontalpodautoscalers/vllm"
+DEPLOYMENT = "/apis/apps/v1/namespaces/llm-d/deployments/vllm"
+WAIT_S = 60
+SECOND = 10**9
+
+DEPLOYMENT_OBJECT = {
+    "apiVersion": "apps/v1",
+    "kind": "Deployment",
+    "metadata": {"name": "vllm", "namespace": NAMESPACE},
+    "spec": {
+        "replicas": 1,
+        "selector": {"matchLabels": {"app": "vllm"}},
+        "template": {
+            "metadata": {"labels": {"app": "vllm"}},
+            "spec": {
+                "terminationGracePeriodSeconds": 20,
+                "containers": [{"name": "vllm", "image": "vllm", "resources": {"limits": {"nvidia.com/gpu": "2"}}}],
+            },
+        },
+    },
+}
+HPA_OBJECT = {
+    "apiVersion": "autoscaling/v2",
+    "kind": "HorizontalPodAutoscaler",
+    "metadata": {"name": "vllm", "namespace": NAMESPACE},
+    "spec": {
+        "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": "vllm"},
+        "minReplicas": 1,
+        "maxReplicas": 4,
+        "metrics": [
+            {
+                "type": "External",
+                "external": {
+                    "metric": {"name": QUERY_METRIC, "selector": {"matchLabels": {"model_name": "llama"}}},
+                    "target": {"type": "AverageValue", "averageValue": "1"},
+                },
+            }
+        ],
+    },
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """The number of replicas changed, as the API server was seen to say."""
+
+    time_s: float
+    before: int
+    after: int
+
+
+class Recorder(threading.Thread):
+    """Looks at the Deployment ten times a second, whatever the watcher does."""
+
+    def __init__(self, plane: Plane) -> None:
+        super().__init__(daemon=True)
+        self._plane = plane
+        self.changes: list[Change] = []
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        last: int | None = None
+        while not self._ended.wait(0.1):
+            try:
+                now = int(self._plane.call("GET", DEPLOYMENT)["spec"]["replicas"])
+            except (httpx.HTTPError, KeyError):
+                continue
+            if last is not None and now != last:
+                self.changes.append(Change(time.time(), last, now))
+            last = now
+
+    def close(self) -> None:
+        self._ended.set()
+        self.join()
+
+
+@dataclass
+class Scene:
+    """Everything that runs."""
+
+    running: Running
+    nodes: Nodes
+    recorder: Recorder
+    receiver: Receiver
+    folder: Path
+
+    @property
+    def plane(self) -> Plane:
+        return self.running.plane
+
+    @contextmanager
+    def watcher(self, number: int) -> Iterator[Any]:
+        command = [
+            sys.executable, "-m", "llmtrace.autoscale.kubernetes", f"--kubeconfig={self.plane.kubeconfig(WATCHER)}",
+            f"--namespace={NAMESPACE}", "--own-namespace=llmtrace", f"--identity=watcher-{number}", "--settle=3s",
+            "--lease-duration=4s", "--port=0",
+        ]  # fmt: skip
+        environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": self.receiver.url}
+        with process(command, self.folder / f"watcher-{number}.log", environment) as child:
+            yield child
+
+    def state(self) -> str:
+        found = self.plane.call("GET", "/api/v1/namespaces/llmtrace/configmaps/llmtrace-autoscale")
+        return str(found.get("data", {}).get("state.json", ""))
+
+    def replicas(self) -> tuple[int, int]:
+        found = self.plane.call("GET", DEPLOYMENT)
+        return int(found["spec"]["replicas"]), int(found.get("status", {}).get("readyReplicas", 0))
+
+    def scaled(self, value: float, number: int) -> None:
+        """Set the metric, and wait until so many replicas are ready."""
+        self.plane.adapter.value = value
+        until(lambda: self.replicas() == (number, number), f"{number} replicas", WAIT_S, poll_s=0.2)
+
+    def decisions(self) -> list[Trace]:
+        traces = [self.receiver.trace(i) for i in self.receiver.trace_ids()]
+        found = [t for t in traces if t.spans and root(t).attributes[a.SCALE_DIRECTION] != a.SCALE_HOLD]
+        return sorted(found, key=lambda t: root(t).start_ns)
+
+
+def root(trace: Trace) -> Span:
+    return next(s for s in trace.spans if s.name == a.DECISION_SPAN)
+
+
+def numbers(trace: Trace) -> tuple[int, int]:
+    told = root(trace).attributes
+    return int(str(told[a.REPLICAS_CURRENT])), int(str(told[a.REPLICAS_DESIRED]))
+
+
+def install(plane: Plane) -> None:
+    """Namespaces, the metric's API, the watcher's permissions, and what is scaled."""
+    for name in (NAMESPACE, "llmtrace"):
+        plane.call("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
+    plane.call("POST", "/api/v1/namespaces/default/services", {
+        "metadata": {"name": "metrics"},
+        "spec": {"type": "ExternalName", "externalName": "localhost", "ports": [{"port": plane.adapter.port}]},
+    })  # fmt: skip
+    plane.call("POST", "/apis/apiregistration.k8s.io/v1/apiservices", {
+        "metadata": {"name": "v1beta1.external.metrics.k8s.io"},
+        "spec": {
+            "group": "external.metrics.k8s.io", "version": "v1beta1", "insecureSkipTLSVerify": True,
+            "groupPriorityMinimum": 100, "versionPriority": 100,
+            "service": {"namespace": "default", "name": "metrics", "port": plane.adapter.port},
+        },
+    })  # fmt: skip
+    for path in sorted(MANIFESTS.glob("*-role*.yaml")):
+        item = yaml.safe_load(path.read_text())
+        folder = (
+            f"/apis/rbac.authorization.k8s.io/v1/namespaces/{item['metadata']['namespace']}/{item['kind'].lower()}s"
+        )
+        plane.call("POST", folder, item)
+    until(
+        lambda: plane.call("GET", f"{METRICS_PATH}/namespaces/{NAMESPACE}/{QUERY_METRIC}").get("items"),
+        "the metric",
+        WAIT_S,
+    )
+    plane.call("POST", DEPLOYMENT.removesuffix("/vllm"), DEPLOYMENT_OBJECT)
+    plane.call("POST", HPA.removesuffix("/vllm"), HPA_OBJECT)
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    """A scaler's work: up, up while nobody watches, down while the API server restarts, up to the limit."""
+    folder = tmp_path_factory.mktemp("kubernetes")
+    with ExitStack() as stack:
+        running = stack.enter_context(control_plane(folder))
+        receiver = stack.enter_context(receiving())
+        install(running.plane)
+        nodes, recorder = Nodes(running.plane), Recorder(running.plane)
+        for thread in (nodes, recorder):
+            thread.start()
+            stack.callback(thread.close)
+        found = Scene(running, nodes, recorder, receiver, folder)
+        until(lambda: found.replicas() == (1, 1), "the first replica", WAIT_S, poll_s=0.2)
+        with found.watcher(1) as first:
+            until(lambda: '"size":1' in found.state(), "the watcher's first look", WAIT_S, poll_s=0.2)
+            running.plane.adapter.value = 2
+            until(lambda: '"desired":2' in found.state(), "a decision in the state", WAIT_S, poll_s=0.05)
+            # With a replica that is being started.
+            first.send_signal(signal.SIGKILL)
+            first.wait()
+        found.scaled(2, 2)
+        found.scaled(3, 3)
+        with found.watcher(2):
+            until(lambda: len(found.decisions()) == 2, "what was missed", WAIT_S, poll_s=0.2)
+            running.stop_api()
+            running.plane.adapter.value = 1
+            time.sleep(1)
+            running.start_api()
+            until(lambda: found.replicas() == (1, 1), "one replica", WAIT_S, poll_s=0.2)
+            until(lambda: len(found.decisions()) >= 3, "the way down", WAIT_S, poll_s=0.2)
+            found.scaled(9, 4)
+            until(lambda: '"decisions":[]' in found.state(), "every trace", WAIT_S, poll_s=0.2)
+        yield found
+
+
+@pytest.mark.timeout(420)
+def test_the_traces_are_the_changes_that_the_api_server_made_in_order(scene: Scene):
+    assert [numbers(t) for t in scene.decisions()] == [(c.before, c.after) for c in scene.recorder.changes]
+    assert len(scene.recorder.changes) >= 4
+
+
+def test_their_times_are_those_of_the_changes_within_a_second(scene: Scene):
+    for trace, change in zip(scene.decisions(), scene.recorder.changes, strict=True):
+        # Whole seconds, cut off: up to one before; the recorder looks ten times a second.
+        assert -0.3 <= change.time_s - root(trace).start_ns / SECOND <= 1.3, (trace, change)
+
+
+def test_they_agree_with_the_events_of_the_hpa(scene: Scene):
+    told = {}
+    for event in scene.plane.items("events"):
+        if event["reason"] == "SuccessfulRescale":
+            size = int(re.match(r"New size: (\d+)", event["message"])[1])  # type: ignore[index]
+            told[size] = event["message"].partition("reason: ")[2]
+    for trace in scene.decisions():
+        _, desired = numbers(trace)
+        if desired in told:
+            assert root(trace).attributes[a.SCALE_REASON] == told[desired]
+
+
+def test_no_span_came_twice(scene: Scene):
+    for trace in scene.decisions():
+        ids = [s.span_id for s in trace.spans]
+        assert len(ids) == len(set(ids))
+
+
+def test_every_pod_has_its_replica_and_its_phases_within_a_second(scene: Scene):
+    started = {}
+    for trace in scene.decisions():
+        current, desired = numbers(trace)
+        replicas = [s for s in trace.spans if s.name == a.REPLICA_SPAN]
+        assert len(replicas) == abs(desired - current), (current, desired, [s.attributes for s in replicas])
+        if desired > current:
+            started |= {str(s.attributes[a.REPLICA]): (trace, s) for s in replicas}
+    first = next(iter(scene.nodes.seen))
+    assert set(started) == set(scene.nodes.seen) - {first}
+    for name, (trace, replica) in started.items():
+        told = scene.nodes.seen[name]
+        phases = {s.name: s for s in trace.spans if s.parent_id == replica.span_id}
+        assert replica.attributes[a.OUTCOME] == a.OUTCOME_READY
+        for span, what in (
+            (a.SCHEDULE_SPAN, "scheduled"),
+            (a.IMAGE_PULL_SPAN, "pulled"),
+            (a.CONTAINER_START_SPAN, "started"),
+            (a.READY_SPAN, "ready"),
+        ):
+            assert abs(phases[span].end_ns / SECOND - told[what]) <= 1.1, (name, what)
+
+
+def test_the_way_down_is_the_drain_of_the_pods_that_went(scene: Scene):
+    ended = {name: told["ended"] for name, told in scene.nodes.seen.items() if "ended" in told}
+    drained = {}
+    for trace in scene.decisions():
+        current, desired = numbers(trace)
+        if desired < current:
+            for replica in (s for s in trace.spans if s.name == a.REPLICA_SPAN):
+                (drain,) = [s for s in trace.spans if s.parent_id == replica.span_id]
+                drained[str(replica.attributes[a.REPLICA])] = drain
+                assert replica.attributes[a.OUTCOME] == a.OUTCOME_DRAINED
+    assert set(drained) == set(ended)
+    for name, span in drained.items():
+        assert span.name == a.DRAIN_SPAN
+        assert abs(span.end_ns / SECOND - ended[name]) <= 1.1
+
+
+def test_a_decision_that_was_watched_has_the_metrics_that_drove_it_and_its_limit(scene: Scene):
+    last = scene.decisions()[-1]
+    told = root(last).attributes
+    assert told[a.SCALE_METRIC] == QUERY_METRIC
+    assert told[a.SCALE_QUERY] == f'{QUERY_METRIC}{{model_name="llama"}}'
+    assert told[a.SCALE_VALUE] == pytest.approx(9, abs=0.1)
+    assert told[a.SCALE_LIMIT] == a.LIMITED_MAX
+    assert told[a.REPLICAS_RECOMMENDED] == 9
+    assert told[a.ACCELERATORS] == 2.0
+
+
+def test_the_watcher_may_read_what_it_watches_and_change_nothing_of_it(scene: Scene):
+    review = "/apis/authorization.k8s.io/v1/subjectaccessreviews"
+
+    def may(verb: str, group: str, resource: str, namespace: str = NAMESPACE, name: str = "") -> bool:
+        asked = {"verb": verb, "group": group, "resource": resource, "namespace": namespace, "name": name}
+        body = {"spec": {"user": "system:serviceaccount:llmtrace:autoscale", "resourceAttributes": asked}}
+        return bool(scene.plane.call("POST", review, body)["status"]["allowed"])
+
+    for group, resource in (
+        ("", "pods"),
+        ("", "events"),
+        ("apps", "deployments"),
+        ("autoscaling", "horizontalpodautoscalers"),
+    ):
+        assert may("watch", group, resource)
+        assert not any(may(verb, group, resource) for verb in ("create", "update", "patch", "delete"))
+    assert not may("get", "", "secrets")
+    assert not may("watch", "", "pods", "default")
+    assert may("update", "", "configmaps", "llmtrace", "llmtrace-autoscale")
+    assert not may("update", "", "configmaps", "llmtrace", "other")
+
+
+def test_the_watcher_was_refused_nothing(scene: Scene):
+    for log in scene.folder.glob("watcher-*.log"):
+        assert "403" not in log.read_text()
