@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 from llmtrace.autoscale.record import DecisionRecord, Phase, ReplicaRecord
 from llmtrace.semconv import attributes as a
 from llmtrace.traces.demand import Stay, demand, stay
-from llmtrace.traces.model import Span
+from llmtrace.traces.model import Span, Trace
 from llmtrace.traces.tempo import TempoClient
 
 LONGEST_S = 600
@@ -82,25 +83,26 @@ def first_token(store: TempoClient, replica: ReplicaRecord, within_s: float) -> 
             end_s=(since_ns + step_ns) // 10**9 + 1,
             limit=MOST_READ,
         )
-        for summary in sorted(found, key=lambda s: s.start_ns)[:MOST_FIRST]:
-            trace = store.trace(summary.trace_id)
-            spans = [s for s in trace.spans if s.name == a.SERVER_SPAN and _is_of(s, replica)] if trace else []
-            tokens = [
-                s.start_ns + int(float(t) * 1e9) for s in spans if isinstance(t := s.attributes.get(a.VLLM_TTFT), float)
-            ]
-            if tokens:
-                return max(min(tokens), ready_ns)
+        first = sorted(found, key=lambda s: s.start_ns)[:MOST_FIRST]
+        traces = [trace for summary in first if (trace := store.trace(summary.trace_id)) is not None]
+        if tokens := [t for trace in traces for t in _first_tokens(trace, replica)]:
+            return max(min(tokens), ready_ns)
     return None
+
+
+def _first_tokens(trace: Trace, replica: ReplicaRecord) -> Iterator[int]:
+    """When each of the replica's requests in a trace gave its first token."""
+    for span in trace.spans:
+        waited = span.attributes.get(a.VLLM_TTFT)
+        own = replica.name in (span.instance, span.resource.get("k8s.pod.name"))
+        if span.name == a.SERVER_SPAN and own and isinstance(waited, int | float):
+            yield span.start_ns + int(waited * 1e9)
 
 
 def _of(replica: ReplicaRecord) -> str:
     """A condition on the spans of a replica: a local server's name is its instance's, in a cluster it is the pod's."""
     name = json.dumps(replica.name)
     return f"(resource.service.instance.id = {name} || resource.k8s.pod.name = {name})"
-
-
-def _is_of(span: Span, replica: ReplicaRecord) -> bool:
-    return replica.name in (span.resource.get("service.instance.id"), span.resource.get("k8s.pod.name"))
 
 
 def _replace(replica: ReplicaRecord, ready: Phase, loading: Span, core: Span) -> None:

@@ -1,4 +1,4 @@
-"""A Kubernetes control plane on loopback: etcd, kube-apiserver and kube-controller-manager, as `make kubernetes` builds.
+"""A Kubernetes control plane on loopback: etcd, kube-apiserver, kube-controller-manager, from `make kubernetes`.
 
 With an adapter of the external metrics API and, in place of nodes, a stand-in for scheduler and kubelet that gives pods
 their conditions.
