@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kubernetes_objects import METRIC, NAMESPACE, UID, hpa, ns, rescale
+from kubernetes_objects import METRIC, NAMESPACE, UID, event, hpa, ns, owned_by_keda, rescale, scaled_object
 
 from llmtrace.autoscale.kubernetes import scalers
 from llmtrace.autoscale.kubernetes.ledger import KEPT_S, Ledger, Prices, State
@@ -117,6 +117,24 @@ def test_the_end_of_a_stabilisation_window_is_none():
     book = ledger()
     tell(book, hpa(3, 3, told=15, able="ScaleDownStabilized"), hpa(3, 3, told=30))
     assert [d.stabilization for d in book.state.decisions] == ["ScaleDownStabilized"]
+
+
+def test_keda_scales_from_and_to_zero_by_itself():
+    book = ledger()
+    book.take(scalers.read(hpa(0, 0, able="SucceededGetScale", **owned_by_keda()), [scaled_object()], []), NOW, 0)
+    about = {"kind": "ScaledObject", "namespace": NAMESPACE, "name": "vllm-scaling", "uid": "scaled-object"}
+    up = event(
+        "KEDAScaleTargetActivated", "Scaled apps/v1.Deployment llm-d/vllm from 0 to 1, triggered by s0", 15, about
+    )
+    # As the recorder of events.k8s.io writes it.
+    up |= {"firstTimestamp": None, "lastTimestamp": None, "eventTime": "2027-01-15T08:00:15.250000Z"}
+    down = event("KEDAScaleTargetDeactivated", "Deactivated apps/v1.Deployment llm-d/vllm from 1 to 0", 400, about)
+    tell(book, up, down, up)
+    assert [(d.scaler_kind, d.current, d.desired) for d in book.state.decisions] == [
+        ("ScaledObject", 0, 1),
+        ("ScaledObject", 1, 0),
+    ]
+    assert book.state.decisions[0].time_ns == ns(15) + 250_000_000
 
 
 def test_an_hpa_made_anew_is_another_scaler():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from llmtrace.autoscale.kubernetes import pods as of_pods
 from llmtrace.autoscale.kubernetes.api import Kind
-from llmtrace.autoscale.kubernetes.objects import Object, get, name, namespace, nanoseconds, quantity, selects, uid
+from llmtrace.autoscale.kubernetes.objects import Object, get, name, namespace, quantity, selects, times, uid
 from llmtrace.autoscale.kubernetes.pods import Pod, Replica
 from llmtrace.autoscale.kubernetes.scalers import Rescale, Target, rescales
 
@@ -20,11 +20,16 @@ DEPLOYMENTS = Kind("apps", "v1", "deployments")
 LEADER_WORKER_SETS = Kind("leaderworkerset.x-k8s.io", "v1", "leaderworkersets", optional=True)
 PODS = Kind("", "v1", "pods")
 RESCALED = Kind("", "v1", "events", only="reason=SuccessfulRescale")
+ACTIVATED = Kind("", "v1", "events", only="reason=KEDAScaleTargetActivated")
+DEACTIVATED = Kind("", "v1", "events", only="reason=KEDAScaleTargetDeactivated")
 PULLED = Kind("", "v1", "events", only="reason=Pulled")
 DELETED = Kind("", "v1", "events", only="reason=SuccessfulDelete")
 REFUSED = Kind("", "v1", "events", only="reason=FailedCreate")
 # Pods come after what selects them, so that a list of them finds its place.
-KINDS = (SCALED_OBJECTS, VARIANTS, DEPLOYMENTS, LEADER_WORKER_SETS, HPAS, PODS, RESCALED, PULLED, DELETED, REFUSED)
+KINDS = (
+    *(SCALED_OBJECTS, VARIANTS, DEPLOYMENTS, LEADER_WORKER_SETS, HPAS, PODS),
+    *(RESCALED, ACTIVATED, DEACTIVATED, PULLED, DELETED, REFUSED),
+)
 
 GONE_KEPT_S = 3600.0
 """How long a pod that is no more is remembered."""
@@ -114,7 +119,8 @@ class Cluster:
 
     def rescales(self) -> list[Rescale]:
         """What the events tell of changes of the number of replicas, in order of time."""
-        found = (r for event in self.every(RESCALED) for r in rescales(event))
+        events = [*self.every(RESCALED), *self.every(ACTIVATED), *self.every(DEACTIVATED)]
+        found = (r for event in events for r in rescales(event))
         return sorted(found, key=lambda r: (r.time_ns, r.uid, r.desired))
 
     def workload(self, target: Target) -> Object | None:
@@ -161,15 +167,15 @@ class Cluster:
         found = []
         for event in self.every(DELETED):
             said = _DELETED_POD.match(str(get(event, "message", default="")))
-            time_ns = nanoseconds(get(event, "lastTimestamp"))
-            if said and time_ns and namespace(event) == target.namespace and said[1].startswith(f"{target.name}-"):
+            time_ns = max(times(event), default=0)
+            if said and namespace(event) == target.namespace and said[1].startswith(f"{target.name}-"):
                 found.append((said[1], time_ns))
         return sorted(found, key=lambda entry: entry[1])
 
     def refusal(self, target: Target, since_ns: int) -> str:
         """Why no pod of a workload could be made since this time, as events tell."""
         told = [
-            (nanoseconds(get(event, "lastTimestamp")) or 0, str(get(event, "message", default="")))
+            (max(times(event), default=0), str(get(event, "message", default="")))
             for event in self.every(REFUSED)
             if namespace(event) == target.namespace
             and str(get(event, "involvedObject", "name", default="")).startswith(target.name)

@@ -2,9 +2,9 @@
 
 A change of the number of replicas is told in two ways: by the HPA's status (lastScaleTime, the numbers, the metrics;
 only the last change) and by an event (time, the new number, the reason; each change, for an hour, but events may be
-dropped). Either is enough. Two tellings are of the same decision where their times agree: an HPA decides once in its
-sync period (15 s by default) and writes the event and the status one after the other. Seconds are all that either
-has.
+dropped). KEDA's changes from and to zero are told by its events alone. Either is enough. Two tellings are of the same
+decision where their times agree: an HPA decides once in its sync period (15 s by default) and writes the event and
+the status one after the other. Seconds are all that either has.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Ledger:
         kept.held = reading.held
         if not reading.fresh:
             kept.size = reading.current
-        self._readings[reading.uid] = reading
+        self._readings |= {reading.uid: reading} | ({reading.owner: reading} if reading.owner else {})
         return found
 
     def take_event(
@@ -116,7 +116,7 @@ class Ledger:
         reading = self._readings.get(rescale.uid)
         if reading is None or not self._counts(rescale.time_ns, reading, now_ns):
             return None
-        kept = self.state.scalers[rescale.uid]
+        kept = self.state.scalers[reading.uid]
         known = self._known(kept, rescale.time_ns, rescale.desired)
         if known is not None:
             decision = self._open(known.id)
@@ -124,14 +124,16 @@ class Ledger:
                 _explain(decision, rescale)
             return None
         found = self._change(reading, kept, rescale.time_ns, rescale.desired, ready)
+        if rescale.current is not None:
+            found.current, found.direction = rescale.current, _direction(rescale.current, rescale.desired)
         _explain(found, rescale)
         if accelerators is not None:
             found.accelerators = accelerators
         return found
 
-    def target(self, hpa: str) -> Target | None:
-        """What an HPA scales; None where it was not read yet."""
-        reading = self._readings.get(hpa)
+    def target(self, scaler: str) -> Target | None:
+        """What an HPA or the ScaledObject that owns it scales; None where it was not read yet."""
+        reading = self._readings.get(scaler)
         return reading.target if reading else None
 
     def later(self, decision: Watched) -> Known | None:

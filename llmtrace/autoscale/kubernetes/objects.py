@@ -46,6 +46,15 @@ def nanoseconds(text: object) -> int | None:
     return whole * 10**9 + moment.microsecond * 1000
 
 
+def times(event: Object) -> set[int]:
+    """When an event first and last happened, in nanoseconds since the epoch.
+
+    Those of core/v1 have whole seconds; those of events.k8s.io, which core/v1 shows as well, have microseconds.
+    """
+    told = ("firstTimestamp",), ("lastTimestamp",), ("eventTime",), ("series", "lastObservedTime")
+    return {t for path in told if (t := nanoseconds(get(event, *path))) is not None}
+
+
 def micro_time(seconds: float) -> str:
     """A time in seconds since the epoch as a MicroTime."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

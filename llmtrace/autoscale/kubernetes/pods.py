@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from llmtrace.autoscale.kubernetes.objects import Object, condition, get, name, namespace, nanoseconds, uid
+from llmtrace.autoscale.kubernetes.objects import Object, condition, get, name, namespace, nanoseconds, times, uid
 
 GROUP_LABELS = ("leaderworkerset.sigs.k8s.io/name", "leaderworkerset.sigs.k8s.io/group-index")
 """Labels of LeaderWorkerSet's pods: the set, and the replica, which is a group of pods."""
@@ -119,7 +119,7 @@ def pulled(event: Object) -> tuple[str, int] | None:
     """The pod and the time of an event Pulled; None where it is of an init container, or is none."""
     about = get(event, "involvedObject", default={})
     path = str(get(about, "fieldPath", default=""))
-    time_ns = nanoseconds(get(event, "lastTimestamp")) or nanoseconds(get(event, "eventTime"))
+    time_ns = max(times(event), default=None)
     if get(about, "kind") != "Pod" or not path.startswith("spec.containers") or time_ns is None:
         return None
     return str(get(about, "uid", default="")), time_ns

@@ -13,7 +13,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from llmtrace.autoscale import hpa as rules
-from llmtrace.autoscale.kubernetes.objects import Object, condition, get, name, namespace, nanoseconds, quantity, uid
+from llmtrace.autoscale.kubernetes.objects import (
+    Object,
+    condition,
+    get,
+    name,
+    namespace,
+    nanoseconds,
+    quantity,
+    times,
+    uid,
+)
 from llmtrace.autoscale.record import MetricRecord
 from llmtrace.autoscale.scaled_object import KIND as SCALED_OBJECT
 from llmtrace.semconv import attributes as a
@@ -27,6 +37,7 @@ _VARIANT_METRIC = re.compile(r"\b(wva|inferno)_\w+")
 _KEDA_METRIC = re.compile(r"s(\d+)-")
 _HELD = {a.LIMITED_MAX, a.LIMITED_UP, a.LIMITED_DOWN}
 _NEW_SIZE = re.compile(r"New size: (\d+); reason: (.*)", re.DOTALL)
+_FROM_TO = re.compile(r" from (\d+) to (\d+)")
 _METRIC_REASON = re.compile(r"external metric ([^(\s]+)\(")
 
 
@@ -46,7 +57,7 @@ class Reading:
     ``scaled_ns`` is when it last changed the number of replicas, ``fresh`` whether this version is the one that
     tells of it: then ``current`` is the number before, and the metrics are those that drove it. ``told_ns`` is when
     the status was written. ``held`` is what holds the number back, '' for nothing. ``why`` is the reason of a
-    VariantAutoscaling.
+    VariantAutoscaling, ``owner`` the uid of the ScaledObject.
     """
 
     uid: str
@@ -69,6 +80,7 @@ class Reading:
     stabilization: str
     held: str
     why: str = ""
+    owner: str = ""
 
     @property
     def reason(self) -> str:
@@ -86,13 +98,17 @@ class Reading:
 
 @dataclass(frozen=True)
 class Rescale:
-    """An event that tells of a change of the number of replicas; ``metric`` is the external one that it names."""
+    """A change of the number of replicas that an event tells of: one of the HPA or the ScaledObject with this uid.
+
+    ``metric`` is the external one that it names, ``current`` the number before where it says so.
+    """
 
     uid: str
     time_ns: int
     desired: int
     reason: str
     metric: str | None = None
+    current: int | None = None
 
 
 def read(hpa: Object, scaled_objects: Iterable[Object], variants: Iterable[Object]) -> Reading:
@@ -136,27 +152,27 @@ def read(hpa: Object, scaled_objects: Iterable[Object], variants: Iterable[Objec
         limit=limit,
         stabilization=stabilization,
         held=_held(hpa, limit, stabilization, current <= minimum),
+        owner=uid(owner) if owner else "",
         why=str(get(variant, "status", "desiredOptimizedAlloc", "lastUpdate", "reason", default="")) if variant else "",
     )
 
 
 def rescales(event: Object) -> list[Rescale]:
-    """The changes that an event SuccessfulRescale of an HPA tells of.
+    """The changes that an event tells of: SuccessfulRescale of an HPA, or KEDA's that it scaled from or to zero.
 
     Events of the same words are counted, and have the times of the first and the last of them.
     """
-    said = _NEW_SIZE.fullmatch(str(get(event, "message", default="")))
-    about = get(event, "involvedObject", default={})
-    if said is None or get(about, "kind") != HPA:
+    about, message = get(event, "involvedObject", default={}), str(get(event, "message", default=""))
+    uid_, metric, current = str(get(about, "uid", default="")), None, None
+    if get(about, "kind") == HPA and (said := _NEW_SIZE.fullmatch(message)):
+        desired, reason = int(said[1]), said[2]
+        if named := _METRIC_REASON.search(reason):
+            metric = named[1]
+    elif get(about, "kind") == SCALED_OBJECT and (said := _FROM_TO.search(message)):
+        current, desired, reason = int(said[1]), int(said[2]), message
+    else:
         return []
-    times = {nanoseconds(get(event, key)) for key in ("firstTimestamp", "lastTimestamp")}
-    if times == {None}:
-        times = {nanoseconds(get(event, "eventTime"))}
-    metric = _METRIC_REASON.search(said[2])
-    return [
-        Rescale(str(get(about, "uid", default="")), t, int(said[1]), said[2], metric[1] if metric else None)
-        for t in sorted(t for t in times if t is not None)
-    ]
+    return [Rescale(uid_, t, desired, reason, metric, current) for t in sorted(times(event))]
 
 
 def _target(scaler: Object) -> Target:
@@ -178,7 +194,8 @@ def _told(hpa: Object) -> int | None:
 
 def _held(hpa: Object, limit: str, stabilization: str, at_minimum: bool) -> str:
     active = condition(hpa, "ScalingActive")
-    if get(active, "status") == "False":
+    # At zero replicas it is KEDA that scales.
+    if get(active, "status") == "False" and get(active, "reason") != "ScalingDisabled":
         return f"{get(active, 'reason')}: {get(active, 'message')}"
     if limit in _HELD:
         return limit
