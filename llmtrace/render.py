@@ -107,6 +107,29 @@ SHOWN: dict[str, dict[str, str]] = {
         "llmtrace.decode.gap_max_ms": "longest gap ms",
         "llmtrace.preempted_ms": "preempted ms",
     },
+    "llmtrace.flow_control.queue": {
+        "llmtrace.flow_control.outcome": "outcome",
+        "llmtrace.flow_control.queue_size": "waiting",
+        "llmtrace.flow_control.saturation": "saturation",
+    },
+    "autoscale.decision": {
+        "llmtrace.autoscale.direction": "direction",
+        "llmtrace.autoscale.reason": "reason",
+        "llmtrace.autoscale.metric.value": "value",
+        "llmtrace.autoscale.metric.target": "target",
+        "llmtrace.autoscale.replicas.current": "replicas",
+        "llmtrace.autoscale.replicas.recommended": "recommended",
+        "llmtrace.autoscale.replicas.desired": "desired",
+        "llmtrace.autoscale.limit": "limit",
+        "llmtrace.autoscale.drivers.found": "drivers",
+        "llmtrace.autoscale.failure": "failure",
+    },
+    "autoscale.replica": {"llmtrace.autoscale.replica": "replica", "llmtrace.autoscale.outcome": "outcome"},
+    "drain": {"llmtrace.autoscale.drain.running": "running", "llmtrace.autoscale.drain.cut": "cut"},
+    **{
+        name: {"llmtrace.autoscale.source": "by"}
+        for name in ("container.start", "model.load", "ready", "first_request")
+    },
 }
 """The attributes that matter and their labels, by span name (a shell-style pattern). Others: the first."""
 
@@ -118,6 +141,7 @@ PER_ENDPOINT = {
 """Arrays with an element for each endpoint, and the array that names the endpoints."""
 
 MOST_OTHERS = 6
+MOST_LINKS = 4
 NAME_WIDTH = 52
 """Longer names, indentation included, are cut."""
 SECONDS = "gen_ai.latency."
@@ -196,8 +220,10 @@ def _details(span: Span, start_ns: int) -> Text:
         details.append(f"  error: {span.status_message or 'no message'}", style="bold red")
     for event in span.events:
         details.append(f"  event {event.name} at {(event.time_ns - start_ns) / 1e6:.1f} ms", style="italic")
-    for link in span.links:
+    for link in span.links[:MOST_LINKS]:
         details.append(f"  link to {link.trace_id}:{link.span_id}", style="italic")
+    if len(span.links) > MOST_LINKS:
+        details.append(f"  and {len(span.links) - MOST_LINKS} more links", style="italic")
     return details
 
 

@@ -131,7 +131,7 @@ class Fleet:
             for name in self._replicas
             if name not in active and now - self._failed_at.get(name, -1e9) >= self._patience.retry_s
         ]
-        return sorted(rested, key=lambda name: name in self._stops)[:count]
+        return sorted(rested, key=lambda name: name in self._stops)[: max(count, 0)]
 
     def surplus(self, count: int) -> list[str]:
         """The ``count`` replicas to take away first: those that do not serve yet, then from the end."""

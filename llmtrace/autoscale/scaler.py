@@ -134,7 +134,7 @@ class Scaler:
         self._lock.close()
 
     async def begin(self) -> None:
-        """Take over what runs and what an earlier scaler left open."""
+        """Take over what runs and what an earlier scaler left open; start the first replicas, which is no decision."""
         while True:
             try:
                 running = await self.fleet.adopt()
@@ -142,6 +142,7 @@ class Scaler:
             except UserError as error:
                 self._supervisord_fails(str(error))
                 await asyncio.sleep(self._options.patience.look_s)
+        new = self.state.desired is None
         if self.state.desired is None:
             self.state.desired = min(max(len(running), self._spec.minimum), self._spec.maximum)
         for record in (r for d in self.state.decisions for r in d.replicas if r.outcome is None):
@@ -153,10 +154,20 @@ class Scaler:
                 self.fleet.stop(record)
         busy = {r.name for d in self.state.decisions for r in d.replicas if r.outcome is None}
         for name in running:
-            if name not in busy and await self.fleet.well(name):
+            if name in busy:
+                continue
+            if await self.fleet.well(name):
                 self.fleet.serve(name)
+            else:
+                self._begin(name)
+        for name in self.fleet.spare(self.state.desired - len(self.fleet.active())) if new else []:
+            self._begin(name)
         self.fleet.publish()
         self._save()
+
+    def _begin(self, name: str) -> None:
+        """Have a replica ready that no decision asked for; nothing is traced of it."""
+        self.fleet.start(ReplicaRecord(name=name, up=True, started_ns=time.time_ns()))
 
     async def tick(self) -> None:
         """Look, decide, and apply the decision."""

@@ -30,7 +30,8 @@ class Endpoint:
     """A model server.
 
     ``id`` is namespace/name, ``address`` host:port. ``answered_at`` is the monotonic time of the last answer to a
-    scrape, in seconds; None before the first and after a refused connection.
+    scrape, in seconds; None before the first and after a refused connection. ``in_flight`` are requests that were sent
+    to it and whose exchange goes on.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Endpoint:
     labels: Mapping[str, str] = field(default_factory=dict)
     load: Load = field(default_factory=Load)
     answered_at: float | None = None
+    in_flight: int = 0
     id: str = field(init=False)
     address: str = field(init=False)
 

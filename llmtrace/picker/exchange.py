@@ -81,6 +81,7 @@ class Exchange:
         self._span: Span | None = None
         self._series: RequestSeries | None = None
         self._running = False
+        self._endpoint: Endpoint | None = None
         self._destination = ""
         self._added: Mapping[str, str] = {}
         self._request: InferenceRequest | None = None
@@ -131,6 +132,8 @@ class Exchange:
             return
         if self._running and self._series is not None:
             self._series.running.dec()
+        if self._endpoint is not None:
+            self._endpoint.in_flight -= 1
         if not self.complete:
             self._error_code = "ClientDisconnect" if cancelled or not self._status else "Incomplete"
             span.fail(self._error_code, "the exchange ended before the response was complete")
@@ -266,6 +269,8 @@ class Exchange:
         self._series.request_size.observe(request.size_bytes)
         self._series.running.inc()
         self._running = True
+        self._endpoint = endpoints[0]
+        self._endpoint.in_flight += 1
 
     def _routed(self) -> Any:
         """The answer to the request's headers: the destination, and the span to hang under."""

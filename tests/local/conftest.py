@@ -11,7 +11,13 @@ from llmtrace.stack import Stack
 pytest.register_assert_rewrite("engine_servers", "engine_trees", "engine_workload")
 
 
-LAST = ("test_walkthrough.py", "test_pd_disaggregation.py", "test_pd_faults.py", "test_conformance.py")
+LAST = (
+    "test_walkthrough.py",
+    "test_autoscaling.py",
+    "test_pd_disaggregation.py",
+    "test_pd_faults.py",
+    "test_conformance.py",
+)
 """The walkthrough leaves the last scenario's topology, which its tests go on with; conformance looks at everything that
 the others left in the store.
 """

@@ -245,6 +245,21 @@ async def test_a_supervisord_that_is_away_for_a_while(stand: Stand) -> None:
     assert decisions(stand) == [("up", 1, 2)]
 
 
+async def test_the_first_replicas_are_no_decision(stand: Stand) -> None:
+    """Those that the stack starts beside the scaler, and those that it does not."""
+    stand.replicas["vllm-0"].healthy = False
+    scaler = stand.scaler(minReplicaCount=2)
+    await scaler.begin()
+    await scaler.tick()
+    assert stand.listed() == []
+    stand.replicas["vllm-0"].healthy = True
+    await until(lambda: scaler.fleet.serving == {"vllm-0", "vllm-1"}, "both replicas")
+    await scaler.tick()
+    assert stand.listed() == ["vllm-0", "vllm-1"]
+    assert (stand.processes.told, scaler.state.decisions) == (["start vllm-1"], [])
+    await scaler.close()
+
+
 async def test_a_restart_goes_on_where_the_old_scaler_was(stand: Stand) -> None:
     """Neither lost nor done twice: the decision, the start of its replica, its trace."""
     stand.replicas["vllm-1"].healthy = False

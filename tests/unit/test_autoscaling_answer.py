@@ -64,7 +64,7 @@ def test_what_waiting_cost(found: AutoscalingAnswer) -> None:
     """From the decision at 25 s to the first token of a new replica at 43 s, eight requests waited all the time."""
     up = found.decisions[0]
     assert up.useful_s == pytest.approx(18)
-    assert up.waiting == 8
+    assert up.queue_then == 8
     assert up.wait_user_s == pytest.approx(8 * 18)
     assert up.wait_token_s == pytest.approx(6 * 18 * 100 + 2 * 18 * 20)
     assert up.detection_s == pytest.approx(4.5)
@@ -211,7 +211,7 @@ def test_the_text_and_the_report_show_it_all(found: AutoscalingAnswer) -> None:
     for part in SCENARIO.text(found):
         console.print(part)
     shown = console.export_text()
-    for words in ("epp-queue-size 6 (1 each)", "helped", "vllm-1", "precision 100%, recall 100%", "harmless"):
+    for words in ("epp-queue-size 6/1", "helped", "vllm-1", "precision 100%, recall 100%", "harmless"):
         assert words in shown
     html = SCENARIO.html(found)
     for words in ("vegaEmbed", "container.start", found.decisions[0].trace_id, "prediction"):

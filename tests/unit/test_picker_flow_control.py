@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 from picking import FLOW_CONTROLLED, Handle, Picker, chat, endpoint, request_body, request_headers
+from pydantic import ValidationError
 from test_semconv_senders import findings
 
 from llmtrace.picker import config
 from llmtrace.picker.endpoints import Endpoint
 from llmtrace.picker.exchange import Exchange
 from llmtrace.picker.flow_control import DISPATCH_S
+from llmtrace.picker.plugins.concurrency_detector import ConcurrencyDetector, ConcurrencyParameters
 from llmtrace.picker.plugins.utilization_detector import UtilizationDetector, UtilizationParameters
 from llmtrace.picker.request import InferenceRequest
 from llmtrace.semconv import attributes as a
@@ -178,6 +180,10 @@ def detector(**parameters: Any) -> UtilizationDetector:
     return UtilizationDetector("detector", made, Handle())
 
 
+def concurrency(**parameters: Any) -> ConcurrencyDetector:
+    return ConcurrencyDetector("detector", ConcurrencyParameters.model_validate(parameters), Handle())
+
+
 @pytest.mark.parametrize(
     ("endpoints", "saturation", "stale"),
     [
@@ -226,3 +232,38 @@ def test_the_gate_alone_brings_the_defaults(tmp_path: Path) -> None:
 def test_a_time_to_live_of_zero_is_without_end() -> None:
     section = config.FlowControlSection.model_validate({"defaultRequestTTL": "0s", "noEndpointRequestTTL": "2m"})
     assert (section.default_request_ttl, section.no_endpoint_request_ttl) == (0.0, 120.0)
+
+
+def test_the_saturation_by_requests_in_flight() -> None:
+    """llm-d's formula: all requests in flight over all that there may be, so that an idle endpoint makes room."""
+    found = concurrency(maxConcurrency=4, headroom=0.5)
+    busy, idle = endpoint(0), endpoint(1)
+    busy.in_flight = 6
+    assert (found.saturation([]), found.saturation([busy]), found.saturation([busy, idle])) == (1.0, 1.5, 0.75)
+    assert found.filter(InferenceRequest("r"), [busy, idle]) == [idle]
+    assert found.filter(InferenceRequest("r"), [busy]) == []
+    busy.in_flight = 5
+    assert found.filter(InferenceRequest("r"), [busy, idle]) == [busy, idle]
+
+
+def test_tokens_in_flight_are_refused_by_name() -> None:
+    with pytest.raises(ValidationError, match="concurrencyMode"):
+        concurrency(concurrencyMode="tokens")
+
+
+async def test_a_queue_does_not_run_into_one_endpoint_between_two_scrapes(tmp_path: Path) -> None:
+    made = content(saturationDetector={"pluginRef": "concurrency-detector"})
+    made["plugins"][-1] = {"type": "concurrency-detector", "parameters": {"maxConcurrency": 2}}
+    made["flowControl"]["maxRequests"] = 10
+    picker = Picker(tmp_path, made, [endpoint(0)])
+    (server,) = picker.handle.pool
+    async with dispatching(picker):
+        tasks = [asyncio.create_task(ask(picker)) for _ in range(5)]
+        await until(lambda: queued(picker) == 3.0)
+        await asyncio.sleep(5 * DISPATCH_S)
+        assert (server.in_flight, queued(picker)) == (2, 3.0)
+        for task in tasks:
+            exchange, answers = await task
+            assert answers
+            exchange.close(cancelled=True)
+    assert server.in_flight == 0

@@ -70,6 +70,13 @@ def test_errors_events_links_and_orphans_are_marked() -> None:
     assert "1 orphans" in shown
 
 
+def test_of_many_links_some_are_shown() -> None:
+    links = tuple(Link(f"{n:032x}", "b" * 16) for n in range(1, 8))
+    shown = text(changed(request_trace(), "ingress", links=links), 600)
+    assert shown.count("link to") == 4
+    assert "and 3 more links" in shown
+
+
 def test_markup_in_a_span_name_is_text() -> None:
     assert "[red]x[/nope]" in text(changed(request_trace(), "ingress", name="[red]x[/nope]"), 300)
 

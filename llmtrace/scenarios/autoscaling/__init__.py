@@ -37,7 +37,7 @@ SCENARIO = Scenario(
     text=answer_text,
     html=_html,
     example=_example,
-    max_tokens=32,
+    max_tokens=48,
     concurrency=256,
     request_timeout_s=120.0,
 )

@@ -124,11 +124,6 @@ def _span(table: RequestTable, decisions: Sequence[Decision]) -> tuple[int, int]
     return min(starts), max(ends)
 
 
-def _drove(decision: Decision) -> bool:
-    """Whether requests drove the decision: it adds replicas, or would if it might."""
-    return decision.direction == a.SCALE_UP or decision.limited
-
-
 def _led_to(
     table: RequestTable, decisions: Sequence[Decision], effects: Effects
 ) -> tuple[np.ndarray[tuple[int], np.dtype[np.bool_]], dict[str, list[str]]]:
@@ -136,7 +131,7 @@ def _led_to(
     driven = np.zeros(len(table), dtype=np.bool_)
     led_to: dict[str, list[str]] = {}
     for decision in decisions:
-        if not _drove(decision):
+        if not decision.driven:
             continue
         rows = effects.drivers(decision)
         driven[rows] = True
@@ -170,7 +165,7 @@ def _attribution(
     should = np.zeros(len(table), dtype=np.bool_)
     parts: dict[Part, Counted] = {}
     for decision in decisions:
-        if _drove(decision) and decision.query:
+        if decision.driven and decision.query:
             part = demand(decision.query).part
             if part not in parts:
                 parts[part] = Counted.make(table, np.flatnonzero(wanted), part)

@@ -87,6 +87,11 @@ class Decision:
         """Whether the metrics asked for more than the scaler may have."""
         return self.limit == a.LIMITED_MAX
 
+    @property
+    def driven(self) -> bool:
+        """Whether requests drove it: it adds replicas, or would if it might."""
+        return self.direction == a.SCALE_UP or self.limited
+
 
 def read_decision(trace: Trace) -> Decision | None:
     """The decision of a trace; None where it is none."""

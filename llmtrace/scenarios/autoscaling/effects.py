@@ -26,7 +26,7 @@ EMPTY = 0.5
 MOST_EXAMPLES = 8
 
 Verdict = Literal[
-    "helped", "came too late", "did not help", "never ready", "limited", "harmless", "cut requests", "held"
+    "helped", "came too late", "did not help", "never ready", "restored", "limited", "harmless", "cut requests", "held"
 ]
 
 
@@ -53,9 +53,10 @@ class ReplicaAnswer(_Model):
 class DecisionAnswer(_Model):
     """One decision.
 
-    ``drivers`` are the requests that its metric counted when it was taken, ``examples`` the trace ids of those that
-    it counted longest. Waiting is at the gateway, of all requests. ``useful_s`` is the time from the decision until
-    the first of its replicas gave a token, ``detection_s`` that from when requests began to wait until the decision.
+    ``driven`` says whether requests drove it, ``drivers`` are the requests that its metric counted when it was taken,
+    ``examples`` the trace ids of those that it counted longest. Waiting is at the gateway, of all requests.
+    ``useful_s`` is the time from the decision until the first of its replicas gave a token, ``detection_s`` that from
+    when requests began to wait until the decision.
     The waits in user-seconds and token-seconds are those from the decision until its replicas were useful, of a
     limited one until the next decision. ``queue_*`` are numbers of waiting requests: then, on average before its
     replicas were useful, and on average after. ``warm_pool_s`` and ``prediction_s`` are the most user-seconds of
@@ -72,11 +73,12 @@ class DecisionAnswer(_Model):
     target: float | None
     current: int
     desired: int
+    maximum: int
     limit: str
     stabilization: str
+    driven: bool
     drivers: int
     examples: list[str]
-    waiting: int
     wait_user_s: float
     wait_token_s: float
     detection_s: float
@@ -144,11 +146,12 @@ class Effects:
             target=decision.target,
             current=decision.current,
             desired=decision.desired,
+            maximum=decision.maximum,
             limit=decision.limit,
             stabilization=decision.stabilization,
+            driven=decision.driven,
             drivers=len(rows),
             examples=[self._table.trace_ids[row] for row in rows[:MOST_EXAMPLES]],
-            waiting=waiting.at(decision.time_ns),
             wait_user_s=waiting.between(decision.time_ns, until_ns),
             wait_token_s=self._table.waiting_tokens.between(decision.time_ns, until_ns),
             detection_s=(decision.time_ns - onset_ns) / SECOND,
@@ -239,6 +242,8 @@ def _verdict(decision: Decision, useful_ns: int | None, before: float | None, af
         return "limited" if decision.limited else "held"
     if all(r.outcome == a.OUTCOME_FAILED for r in decision.replicas):
         return "never ready"
+    if decision.direction == a.SCALE_HOLD:
+        return "restored"
     if useful_ns is None or before is None or after is None or before < EMPTY:
         return "came too late"
     return "helped" if after < 0.7 * before else "did not help"

@@ -7,7 +7,14 @@ from importlib.metadata import version
 import altair as alt
 
 from llmtrace.scenarios.autoscaling.answer import AutoscalingAnswer
-from llmtrace.scenarios.autoscaling.text import at_s, attribution_sentence, metric_text, queue_text, verdict_text
+from llmtrace.scenarios.autoscaling.text import (
+    at_s,
+    attribution_sentence,
+    drivers_text,
+    metric_text,
+    queue_text,
+    verdict_text,
+)
 from llmtrace.scenarios.page import checks_table, escaped, page, plots, table
 from llmtrace.semconv import attributes as a
 
@@ -97,11 +104,21 @@ def _rules(found: AutoscalingAnswer) -> alt.Chart:
 def _decisions(found: AutoscalingAnswer) -> str:
     return table(
         [
-            *("at, s", "direction", "replicas", "metric", "reason", "limit", "stabilisation", "drivers", "waiting"),
             *(
+                "at, s",
+                "direction",
+                "replicas",
+                "metric, value/target",
+                "reason",
+                "limit",
+                "stabilisation",
+                "drivers",
+            ),
+            *(
+                "waiting",
                 "user-seconds",
                 "token-seconds",
-                "queue then, before > after",
+                "queue before > after",
                 "accelerator-s",
                 "cost",
                 "verdict",
@@ -117,8 +134,8 @@ def _decisions(found: AutoscalingAnswer) -> str:
                 d.reason,
                 d.limit,
                 d.stabilization,
-                f"{d.drivers}",
-                f"{d.waiting}",
+                drivers_text(d),
+                f"{d.queue_then}",
                 f"{d.wait_user_s:,.1f}",
                 f"{d.wait_token_s:,.0f}",
                 queue_text(d),
@@ -175,9 +192,5 @@ def _kinds(found: AutoscalingAnswer) -> str:
 def _drivers(found: AutoscalingAnswer) -> str:
     return table(
         ["decision", "drivers", "the longest of them"],
-        [
-            (d.id, f"{d.drivers}", ", ".join(d.examples))
-            for d in found.decisions[:MOST_ROWS]
-            if d.drivers and (d.direction == a.SCALE_UP or d.verdict == "limited")
-        ],
+        [(d.id, f"{d.drivers}", ", ".join(d.examples)) for d in found.decisions[:MOST_ROWS] if d.drivers and d.driven],
     )

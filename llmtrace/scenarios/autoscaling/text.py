@@ -13,6 +13,13 @@ from llmtrace.scenarios.autoscaling.effects import DecisionAnswer
 from llmtrace.scenarios.text import check_text
 from llmtrace.semconv import attributes as a
 
+HELD = {
+    a.LIMITED_UP: "scale-up policy",
+    a.LIMITED_DOWN: "scale-down policy",
+    a.UP_STABILIZED: "scale-up window",
+    a.DOWN_STABILIZED: "scale-down window",
+}
+"""What keeps a number of replicas from changing, in words."""
 MOST_DECISIONS = 20
 """Decisions that the terminal shows; --json and --html have them all."""
 
@@ -59,24 +66,32 @@ def attribution_sentence(found: AutoscalingAnswer) -> str:
 
 
 def metric_text(decision: DecisionAnswer) -> str:
-    """The metric that counted, its value and its target."""
-    if decision.value is None:
-        return "-"
-    return f"{decision.metric} {decision.value:g} ({decision.target:g} each)"
+    """The metric that counted, its value, and its target for a replica."""
+    return "-" if decision.value is None else f"{decision.metric} {decision.value:g}/{decision.target:g}"
+
+
+def drivers_text(decision: DecisionAnswer) -> str:
+    """How many requests drove the decision; one that adds nothing, nor would, was driven by none."""
+    return f"{decision.drivers}" if decision.driven else "-"
 
 
 def queue_text(decision: DecisionAnswer) -> str:
-    """Waiting requests before and after the decision took effect."""
+    """Waiting requests on average before and after the decision took effect."""
     if decision.queue_before is None or decision.queue_after is None:
-        return f"{decision.queue_then}"
-    return f"{decision.queue_then}, {decision.queue_before:.1f} > {decision.queue_after:.1f}"
+        return "-"
+    return f"{decision.queue_before:.1f} > {decision.queue_after:.1f}"
 
 
 def verdict_text(decision: DecisionAnswer) -> str:
     """The verdict, and what limits there were."""
-    held = f", for {decision.limited_s:.0f} s" if decision.verdict == "limited" else ""
-    more = ", limited to the maximum" if decision.limit == a.LIMITED_MAX and decision.verdict != "limited" else ""
-    return f"{decision.verdict}{held}{more}{', flapping' if decision.flapping else ''}"
+    more = ""
+    if decision.verdict == "limited":
+        more = f" to {decision.maximum} for {decision.limited_s:.0f} s"
+    elif decision.verdict == "held":
+        more = next((f": {HELD[by]}" for by in (decision.limit, decision.stabilization) if by in HELD), "")
+    elif decision.limit == a.LIMITED_MAX:
+        more = f", limited to {decision.maximum}"
+    return f"{decision.verdict}{more}{', flapping' if decision.flapping else ''}"
 
 
 def at_s(found: AutoscalingAnswer, decision: DecisionAnswer) -> float:
@@ -88,17 +103,17 @@ def _decisions(found: AutoscalingAnswer, decisions: list[DecisionAnswer]) -> Tab
     table = Table(box=None, pad_edge=False)
     for name in ("at, s", "replicas"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("metric", overflow="fold")
-    for name in ("drivers", "waited, user-s", "token-s"):
+    table.add_column("metric, value/target", no_wrap=True)
+    for name in ("drivers", "wait, user-s", "token-s", "queue"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in ("queue then, before > after", "verdict", "trace"):
+    for name in ("verdict", "trace"):
         table.add_column(name, overflow="fold", no_wrap=name == "trace")
     for d in decisions:
         table.add_row(
             f"{at_s(found, d):.0f}",
             f"{d.current} > {d.desired}",
             metric_text(d),
-            f"{d.drivers}",
+            drivers_text(d),
             f"{d.wait_user_s:,.0f}",
             f"{d.wait_token_s:,.0f}",
             queue_text(d),

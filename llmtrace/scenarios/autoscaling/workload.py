@@ -14,7 +14,7 @@ CALM_S = 20.0
 BURST_S = 40.0
 CALM_AFTER_S = 110.0
 """Long enough for the replicas to be taken away again."""
-REPORTS_PER_S = 0.7
+REPORTS_PER_S = 1.0
 """For each of ``conversations``."""
 CHAT_EVERY_S = 5.0
 MOST_PARAGRAPHS = 4
