@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from opentelemetry.sdk.trace.export import SpanExportResult
 
 from llmtrace.autoscale import evidence
+from llmtrace.autoscale.complaints import Complaints
 from llmtrace.autoscale.record import DecisionRecord, ReplicaRecord
 from llmtrace.autoscale.spans import DecisionSpans
 from llmtrace.errors import UserError
@@ -14,14 +13,11 @@ from llmtrace.telemetry import Tracing
 from llmtrace.traces.demand import Stay
 from llmtrace.traces.tempo import TempoClient
 
-Tell = Callable[[str, str], None]
-"""Gets the part that something depends on and what is wrong with it, '' when it is well."""
-
 
 class Sender:
     """Sends decisions' traces. ``store`` is the trace store's URL, '' for none. Its methods block."""
 
-    def __init__(self, tracing: Tracing, store: str, tell: Tell) -> None:
+    def __init__(self, tracing: Tracing, store: str, tell: Complaints) -> None:
         self._tracing = tracing
         self._store = TempoClient(store) if store else None
         self._tell = tell

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
+from llmtrace.autoscale.complaints import Complaints
 from llmtrace.autoscale.kubernetes import scalers
 from llmtrace.autoscale.kubernetes.api import FAULTS, Api, follow, said
 from llmtrace.autoscale.kubernetes.cluster import KINDS, SCALED_OBJECTS, VARIANTS, Cluster
@@ -22,7 +23,7 @@ from llmtrace.autoscale.kubernetes.leader import Lease
 from llmtrace.autoscale.kubernetes.ledger import Ledger, Prices, Watched
 from llmtrace.autoscale.kubernetes.progress import Patience, Progress
 from llmtrace.autoscale.kubernetes.store import LostError, Store
-from llmtrace.autoscale.sending import Sender, Tell
+from llmtrace.autoscale.sending import Sender
 from llmtrace.errors import UserError
 from llmtrace.semconv import attributes as a
 from llmtrace.telemetry import Tracing
@@ -78,9 +79,9 @@ class Watcher:
         self.metrics = Metrics(self.registry)
         self._options = options
         self._api = api
+        self._tell = Complaints(self.metrics.failures)
         self._sender = Sender(tracing, options.store, self._tell)
         self._lease = Lease(api, options.home, options.name, options.identity, options.lease_s)
-        self._complaints: dict[str, str] = {}
 
     async def run(self, stop: asyncio.Event) -> None:
         """Watch until ``stop`` is set; raises UserError where the start fails."""
@@ -122,21 +123,11 @@ class Watcher:
                 await _end(lead, hold)
             await asyncio.sleep(AGAIN_S)
 
-    def _tell(self, part: str, text: str) -> None:
-        """Count a failure, and log it once; '' says that it is well again."""
-        if text:
-            self.metrics.failures.labels(part).inc()
-            if self._complaints.get(part) != text:
-                self._complaints[part] = text
-                _log.warning("%s: %s", part, text)
-        elif self._complaints.pop(part, None) is not None:
-            _log.info("%s: well again", part)
-
 
 class Term:
     """What one leader knows and does while it leads."""
 
-    def __init__(self, options: Options, api: Api, sender: Sender, metrics: Metrics, tell: Tell) -> None:
+    def __init__(self, options: Options, api: Api, sender: Sender, metrics: Metrics, tell: Complaints) -> None:
         self._options = options
         self._api = api
         self._sender = sender
