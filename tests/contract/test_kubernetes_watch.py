@@ -91,6 +91,7 @@ async def server() -> AsyncIterator[ApiServer]:
 
 
 async def test_what_is_there_is_listed_and_what_changes_is_told(server, tmp_path):
+    server.tokens = {"secret"}
     await server.put(PATH, pod("a"))
     async with followed(server, tmp_path) as sink:
         await until(lambda: set(sink.there) == {"a"}, "the list")
@@ -186,6 +187,18 @@ async def test_a_refusal_is_told_with_the_servers_words(server, tmp_path):
     async with followed(server, tmp_path) as sink:
         await until(lambda: bool(sink.complaints), "a complaint")
     assert sink.complaints[0] == "the API server answered 401: Unauthorized"
+
+
+async def test_there_are_connections_for_every_watch_and_the_lease(server, tmp_path):
+    api = await Api.connect(kubeconfig(tmp_path, server.port))
+    kinds = [Kind("", "v1", f"things{n}") for n in range(20)]
+    tasks = [asyncio.create_task(follow(api, kind, "llm-d", Sink(), lambda *_: None)) for kind in kinds]
+    await until(lambda: server.watches == 20, "twenty watches")
+    assert (await api.read(PATH))["items"] == []
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    await api.close()
 
 
 async def test_no_cluster_is_one_sentence(tmp_path):

@@ -113,13 +113,12 @@ class Nodes(threading.Thread):
         self._plane = plane
         self._step_s = step_s
         self.seen: dict[str, dict[str, float]] = {}
-        self.paused = False
         self._ended = threading.Event()
 
     def run(self) -> None:
         while not self._ended.wait(0.1):
             try:
-                for pod in [] if self.paused else self._plane.items("pods"):
+                for pod in self._plane.items("pods"):
                     self._step(pod, time.time())
             except httpx.HTTPError:
                 continue
@@ -136,34 +135,29 @@ class Nodes(threading.Thread):
         if now - last < self._step_s:
             return
         if "deletionTimestamp" in pod["metadata"]:
-            if "ended" not in told:
-                self._status(
-                    pod, path, {"terminated": {"exitCode": 0, "reason": "Completed", "finishedAt": stamp(now)}}, now
-                )
-                told["ended"] = now
-            else:
+            if "ended" in told:
                 self._plane.call("DELETE", path, {"gracePeriodSeconds": 0})
+                return
+            state = {"terminated": {"exitCode": 0, "reason": "Completed", "finishedAt": stamp(now)}}
+            done = self._status(pod, path, state, now), "ended"
         elif "scheduled" not in told:
             target = {"apiVersion": "v1", "kind": "Node", "name": "node-1"}
-            self._plane.call(
-                "POST",
-                f"{path}/binding",
-                {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": name}, "target": target},
-            )
-            told["scheduled"] = now
+            binding = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": name}, "target": target}
+            done = self._plane.call("POST", f"{path}/binding", binding), "scheduled"
         elif "pulled" not in told:
-            self._plane.event(
-                pod, "Pulled", 'Container image "vllm" already present on machine', "spec.containers{vllm}", now
-            )
-            told["pulled"] = now
+            done = self._plane.event(pod, "Pulled", 'Container image "vllm" already present on machine', now), "pulled"
         elif "started" not in told:
-            told["started"] = now
-            self._status(pod, path, {"running": {"startedAt": stamp(now)}}, None)
+            done = self._status(pod, path, {"running": {"startedAt": stamp(now)}}, None), "started"
         elif "ready" not in told:
-            told["ready"] = now
-            self._status(pod, path, {"running": {"startedAt": stamp(told["started"])}}, now)
+            done = self._status(pod, path, {"running": {"startedAt": stamp(told["started"])}}, now), "ready"
+        else:
+            return
+        answer, what = done
+        # What another changed at the same moment is done again.
+        if answer.get("status") != "Failure":
+            told[what] = now
 
-    def _status(self, pod: Object, path: str, state: Object, ready: float | None) -> None:
+    def _status(self, pod: Object, path: str, state: Object, ready: float | None) -> Object:
         conditions = [c for c in pod["status"].get("conditions", []) if c["type"] == "PodScheduled"]
         met = ready is not None and "running" in state
         for kind in ("Initialized", "ContainersReady", "Ready"):
@@ -173,7 +167,7 @@ class Nodes(threading.Thread):
         body = pod | {
             "status": pod["status"] | {"phase": "Running", "conditions": conditions, "containerStatuses": [status]}
         }
-        self._plane.call("PUT", f"{path}/status", body)
+        return self._plane.call("PUT", f"{path}/status", body)
 
 
 @dataclass
@@ -204,20 +198,16 @@ class Plane:
     def items(self, plural: str, group: str = "api/v1") -> list[Object]:
         return list(self.call("GET", f"/{group}/namespaces/{NAMESPACE}/{plural}").get("items", []))
 
-    def event(self, pod: Object, reason: str, message: str, field_path: str, now: float) -> None:
-        about = {
-            "kind": "Pod",
-            "namespace": NAMESPACE,
-            "name": pod["metadata"]["name"],
-            "uid": pod["metadata"]["uid"],
-            "fieldPath": field_path,
-        }
+    def event(self, pod: Object, reason: str, message: str, now: float) -> Object:
+        """An event of a pod's container, as kubelet writes it."""
+        name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
+        about = {"kind": "Pod", "namespace": NAMESPACE, "name": name, "uid": uid, "fieldPath": "spec.containers{vllm}"}
         body = {
-            "metadata": {"name": f"{pod['metadata']['name']}.{reason.lower()}", "namespace": NAMESPACE},
+            "metadata": {"name": f"{name}.{reason.lower()}", "namespace": NAMESPACE},
             "involvedObject": about, "reason": reason, "message": message, "type": "Normal", "count": 1,
             "firstTimestamp": stamp(now), "lastTimestamp": stamp(now), "source": {"component": "kubelet"},
         }  # fmt: skip
-        self.call("POST", f"/api/v1/namespaces/{NAMESPACE}/events", body)
+        return self.call("POST", f"/api/v1/namespaces/{NAMESPACE}/events", body)
 
     def kubeconfig(self, token: str) -> Path:
         path = self.folder / f"{token}.kubeconfig"

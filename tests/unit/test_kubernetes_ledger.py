@@ -146,8 +146,10 @@ def test_an_hpa_made_anew_is_another_scaler():
 def test_decisions_that_cannot_be_told_again_are_forgotten_but_the_last():
     book = ledger()
     tell(book, hpa(1, 1), hpa(1, 3, 15), hpa(3, 1, 60))
-    book.forget(ns(60 + 3 * KEPT_S))
+    book.forget(ns(60 + 3 * KEPT_S), {UID})
     assert [k.desired for k in book.state.scalers[UID].known] == [1]
+    book.forget(ns(60 + 3 * KEPT_S), set())
+    assert book.state.scalers == {}
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_serv
 from llmtrace.autoscale.complaints import Complaints
 from llmtrace.autoscale.kubernetes import scalers
 from llmtrace.autoscale.kubernetes.api import FAULTS, Api, follow, said
-from llmtrace.autoscale.kubernetes.cluster import KINDS, SCALED_OBJECTS, VARIANTS, Cluster
+from llmtrace.autoscale.kubernetes.cluster import HPAS, KINDS, SCALED_OBJECTS, VARIANTS, Cluster
 from llmtrace.autoscale.kubernetes.leader import Lease
 from llmtrace.autoscale.kubernetes.ledger import Ledger, Prices, Watched
+from llmtrace.autoscale.kubernetes.objects import uid
 from llmtrace.autoscale.kubernetes.progress import Patience, Progress
 from llmtrace.autoscale.kubernetes.store import LostError, Store
 from llmtrace.autoscale.sending import Sender
@@ -179,10 +180,10 @@ class Term:
             if target is not None:
                 self._count(ledger.take_event(rescale, now_ns, cluster.ready(target), self._accelerators(target)))
         decisions = sorted(ledger.state.decisions, key=lambda d: d.time_ns)
-        taken = {uid if d.direction == a.SCALE_UP else f"-{uid}" for d in decisions for uids in d.uids for uid in uids}
+        taken = {pod if d.direction == a.SCALE_UP else f"-{pod}" for d in decisions for pods in d.uids for pod in pods}
         for decision in decisions:
             self._progress.follow(decision, taken, ledger.later(decision), now_ns)
-        ledger.forget(now_ns)
+        ledger.forget(now_ns, {uid(hpa) for hpa in cluster.every(HPAS)})
         self._metrics.open.set(len(ledger.state.decisions))
 
     def _accelerators(self, target: scalers.Target) -> float:

@@ -9,6 +9,7 @@ the status one after the other. Seconds are all that either has.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 from pydantic import BaseModel, Field
@@ -141,12 +142,15 @@ class Ledger:
         kept = self.state.scalers.get(decision.hpa, ScalerState())
         return next((k for k in kept.known if k.time_ns > decision.time_ns), None)
 
-    def forget(self, now_ns: int) -> None:
-        """Let go of what cannot be told again."""
-        for kept in self.state.scalers.values():
+    def forget(self, now_ns: int, present: Set[str]) -> None:
+        """Let go of decisions that cannot be told again, and of HPAs that are no longer ``present``."""
+        since = now_ns - 2 * KEPT_S * SECOND
+        for hpa, kept in list(self.state.scalers.items()):
             # The last one stays: it says how many replicas there were before the next.
-            old = [k for k in kept.known[:-1] if k.time_ns < now_ns - 2 * KEPT_S * SECOND]
+            old = [k for k in kept.known[:-1] if k.time_ns < since]
             kept.known = kept.known[len(old) :]
+            if hpa not in present and all(k.time_ns < since for k in kept.known):
+                del self.state.scalers[hpa]
 
     # Decisions.
 

@@ -7,6 +7,7 @@ watcher's namespace, and its resourceVersion keeps a watcher that leads no longe
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from http import HTTPStatus
 
@@ -17,6 +18,8 @@ from llmtrace.autoscale.kubernetes.api import Api
 from llmtrace.autoscale.kubernetes.ledger import State
 from llmtrace.autoscale.kubernetes.objects import Object, get
 from llmtrace.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 KEY = "state.json"
 MOST_BYTES = 900_000
@@ -68,7 +71,7 @@ class Store:
         async with self._saving:
             text = state.model_dump_json()
             while len(text) > MOST_BYTES and state.decisions:
-                del state.decisions[0]
+                _log.warning("%s: given up, there are too many to keep", state.decisions.pop(0).id)
                 text = state.model_dump_json()
             if text == self._written:
                 return
