@@ -9,7 +9,6 @@ the status one after the other. Seconds are all that either has.
 
 from __future__ import annotations
 
-from collections.abc import Set
 from dataclasses import dataclass
 
 from pydantic import BaseModel, Field
@@ -142,7 +141,7 @@ class Ledger:
         kept = self.state.scalers.get(decision.hpa, ScalerState())
         return next((k for k in kept.known if k.time_ns > decision.time_ns), None)
 
-    def forget(self, now_ns: int, present: Set[str]) -> None:
+    def forget(self, now_ns: int, present: set[str]) -> None:
         """Let go of decisions that cannot be told again, and of HPAs that are no longer ``present``."""
         since = now_ns - 2 * KEPT_S * SECOND
         for hpa, kept in list(self.state.scalers.items()):
