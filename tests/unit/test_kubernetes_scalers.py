@@ -50,6 +50,14 @@ def test_a_scaled_object_is_named_as_the_scaler_and_has_the_query():
     assert found.metrics[0].query == 'sum(llm_d_epp_flow_control_queue_size{model_name="llama"})'
 
 
+def test_a_fallback_that_keda_serves_holds_the_number():
+    owner = scaled_object() | {
+        "status": {"conditions": [condition("Fallback", "True", "FallbackExists", "a trigger fails")]}
+    }
+    assert scalers.read(hpa(3, 3, **owned_by_keda()), [owner], []).held == "Fallback: a trigger fails"
+    assert scalers.read(hpa(3, 3, **owned_by_keda()), [scaled_object()], []).held == ""
+
+
 def test_a_variant_autoscaling_is_the_scaler_where_the_hpa_scales_on_its_metric():
     found = scalers.read(hpa(1, 3, 12, metric="wva_desired_replicas"), [], [variant_autoscaling()])
     assert (found.scaler_kind, found.scaler_name) == ("VariantAutoscaling", "llm-d/vllm-variant")

@@ -151,7 +151,7 @@ def read(hpa: Object, scaled_objects: Iterable[Object], variants: Iterable[Objec
         recommended=largest.proposal if largest and len(proposals) == len(metrics) else None,
         limit=limit,
         stabilization=stabilization,
-        held=_held(hpa, limit, stabilization, current <= minimum),
+        held=_held(hpa, owner, limit, stabilization, current <= minimum),
         owner=uid(owner) if owner else "",
         why=str(get(variant, "status", "desiredOptimizedAlloc", "lastUpdate", "reason", default="")) if variant else "",
     )
@@ -192,11 +192,15 @@ def _told(hpa: Object) -> int | None:
     return max((t for t in times if t is not None), default=None)
 
 
-def _held(hpa: Object, limit: str, stabilization: str, at_minimum: bool) -> str:
+def _held(hpa: Object, owner: Object | None, limit: str, stabilization: str, at_minimum: bool) -> str:
     active = condition(hpa, "ScalingActive")
     # At zero replicas it is KEDA that scales.
     if get(active, "status") == "False" and get(active, "reason") != "ScalingDisabled":
         return f"{get(active, 'reason')}: {get(active, 'message')}"
+    fallback = condition(owner or {}, "Fallback")
+    if get(fallback, "status") == "True":
+        # KEDA serves a number of its own where a trigger fails; to the HPA it is a metric like any other.
+        return f"Fallback: {get(fallback, 'message', default='')}"
     if limit in _HELD:
         return limit
     # At the minimum nothing would be taken away anyway.
