@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from llmtrace.autoscale import hpa as rules
 from llmtrace.autoscale.kubernetes.objects import (
@@ -273,7 +274,7 @@ def _metric(
     label, query = _named(str(get(about, "name", default="")), get(about, "selector"), owner)
     proposal = None
     if value is not None:
-        of = "AverageValue" if kind == "AverageValue" else "Value"
+        of: Literal["AverageValue", "Value"] = "AverageValue" if kind == "AverageValue" else "Value"
         proposal = rules.proposal(bounds, rules.Target(name=label, kind=of, value=aim), value, max(current, 1), current)
     return MetricRecord(
         name=label,
