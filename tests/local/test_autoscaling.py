@@ -154,7 +154,7 @@ def test_a_new_server_is_followed_to_its_first_token(stack: Stack, answered: tup
     for span, phases in served:
         assert [p.name for p in phases] == [*STARTED, a.FIRST_REQUEST_SPAN]
         assert [p.start_ns for p in phases] == [span.start_ns, *(p.end_ns for p in phases[:-1])]
-        assert phases[-1].end_ns == span.end_ns
+        assert 0 <= span.end_ns - phases[-1].end_ns < 10**6
         # vLLM's own spans of its start say how long it loaded the model.
         assert [p.attributes[a.PHASE_SOURCE] for p in phases[:2]] == [a.SOURCE_SPANS] * 2
         assert all(p.duration_ms > 0 for p in phases[:2])

@@ -28,6 +28,7 @@ from llmtrace.scenarios.autoscaling import SCENARIO
 from llmtrace.scenarios.autoscaling.answer import AutoscalingAnswer, answer
 from llmtrace.scenarios.autoscaling.expected import expected
 from llmtrace.scenarios.autoscaling.requests import Overlaps
+from llmtrace.scenarios.autoscaling.text import verdict_text
 from llmtrace.scenarios.expectation import verify_trace
 from llmtrace.semconv import attributes as a
 from llmtrace.semconv.conformance import check
@@ -91,7 +92,7 @@ def test_it_helped_and_the_way_back_was_harmless(found: AutoscalingAnswer) -> No
     assert up.queue_before == pytest.approx(8)
     assert up.queue_after == pytest.approx(8 / 18, rel=0.01)  # the last second of their waits
     assert (up.verdict, down.verdict) == ("helped", "harmless")
-    assert "2 decisions: 1 up, 1 down, 0 held at the maximum" in found.verdict
+    assert "2 decisions: 1 up, 1 down; 1 limited by the maximum" in found.verdict
     assert "1 of 1 helped" in found.verdict
 
 
@@ -151,7 +152,28 @@ def test_a_scaler_that_is_held_at_the_maximum() -> None:
     assert first.wait_user_s == pytest.approx(7 * 40)
     assert first.drivers == 7
     assert second.verdict == "held"
-    assert "1 held at the maximum" in found.verdict
+    assert "1 limited by the maximum" in found.verdict
+
+
+def test_what_held_the_number_is_said() -> None:
+    held = [
+        record(30, 3, 3, 1.0, limit=a.NOT_LIMITED, stabilization=a.DOWN_STABILIZED),
+        record(40, 3, 3, 1.0, limit=a.LIMITED_DOWN, stabilization=a.DOWN_STABILIZED),
+        record(50, 3, 3, 3.0, limit=a.NOT_LIMITED),
+        record(60, 3, 3, None, limit=a.NOT_LIMITED),
+        record(70, 3, 3, 7.0),
+        record(90, 3, 3, 1.0, limit=a.NOT_LIMITED, replicas=[starts("vllm-2", 90)]),
+    ]
+    found = answer("run-1", [request(1, 20), *map(decision_trace, held)])
+    assert [verdict_text(d) for d in found.decisions] == [
+        "held: scale-down window",
+        "held: scale-down policy",
+        "no longer held",
+        "held: no metric",
+        "limited to 3 for 20 s",
+        "restored",
+    ]
+    assert [d.driven for d in found.decisions] == [False, False, False, False, True, False]
 
 
 def test_a_replica_that_never_became_ready() -> None:
@@ -176,6 +198,17 @@ def test_capacity_that_changed_nothing() -> None:
     traces = [request(n, 20, wait=200) for n in range(1, 5)]
     up = decision_trace(record(25, 1, 2, 4.0, replicas=[starts("vllm-1", 25)]))
     assert answer("run-1", [*traces, up]).decisions[0].verdict == "did not help"
+
+
+def test_waits_that_two_decisions_have_in_common_count_once() -> None:
+    traces = [request(n, 20, wait=100) for n in range(1, 5)]
+    ups = [decision_trace(record(25, 1, 2, 4.0, replicas=[starts("vllm-1", 25)]))]
+    ups.append(decision_trace(record(30, 2, 3, 4.0, replicas=[starts("vllm-2", 30)])))
+    found = answer("run-1", [*traces, *ups])
+    # Useful 18 s after each decision, ready after 17 s, and all four began to wait 5 s before the first.
+    assert [d.wait_user_s for d in found.decisions] == [pytest.approx(4 * 18)] * 2
+    assert "requests waited 92 user-seconds" in found.verdict
+    assert "warm replicas would have saved at most 88 user-seconds, a prediction 108" in found.verdict
 
 
 def test_a_drain_that_cut_requests() -> None:

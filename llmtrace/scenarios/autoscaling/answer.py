@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from llmtrace.errors import UserError
 from llmtrace.scenarios.autoscaling.arms import NAME, REPORTS
 from llmtrace.scenarios.autoscaling.decisions import Decision, in_order
-from llmtrace.scenarios.autoscaling.effects import SECOND, DecisionAnswer, Effects
+from llmtrace.scenarios.autoscaling.effects import SECOND, DecisionAnswer, Effects, Waits
 from llmtrace.scenarios.autoscaling.requests import Counted, RequestTable, read_all
 from llmtrace.scenarios.checks import Check, check
 from llmtrace.scenarios.facts import Block
@@ -112,7 +112,7 @@ def answer(run_id: str, traces: Iterable[Trace]) -> AutoscalingAnswer:
         timeline=_timeline(table, decisions, start_ns, end_ns),
         accelerator_s=sum(d.accelerator_s for d in answers),
         cost=sum(d.cost for d in answers),
-        verdict=_verdict(answers),
+        verdict=_verdict(answers, effects.waits_for_more()),
         checks=list(_checks(table, blocks, decisions, effects)),
         notes=notes,
     )
@@ -200,19 +200,17 @@ def _timeline(table: RequestTable, decisions: Sequence[Decision], start_ns: int,
     ]
 
 
-def _verdict(decisions: Sequence[DecisionAnswer]) -> str:
+def _verdict(decisions: Sequence[DecisionAnswer], waits: Waits) -> str:
     if not decisions:
         return "No decision was taken."
     ups = [d for d in decisions if d.direction == a.SCALE_UP]
     downs = [d for d in decisions if d.direction == a.SCALE_DOWN]
-    limited = [d for d in decisions if d.verdict == "limited"]
-    parts = [f"{len(decisions)} decisions: {len(ups)} up, {len(downs)} down, {len(limited)} held at the maximum"]
+    limited = [d for d in decisions if d.limit == a.LIMITED_MAX]
+    parts = [f"{len(decisions)} decisions: {len(ups)} up, {len(downs)} down; {len(limited)} limited by the maximum"]
     if useful := [d.useful_s for d in ups if d.useful_s is not None]:
-        wait = sum(d.wait_user_s for d in ups)
-        tokens = sum(d.wait_token_s for d in ups)
         parts.append(
-            f"a scale-up was useful after {float(np.median(useful)):.0f} s (median), while requests waited {wait:,.0f} "
-            f"user-seconds ({tokens:,.0f} token-seconds)"
+            f"a scale-up was useful after {float(np.median(useful)):.0f} s (median), while requests waited "
+            f"{waits.user_s:,.0f} user-seconds ({waits.token_s:,.0f} token-seconds)"
         )
     helped = sum(d.verdict == "helped" for d in ups)
     if ups:
@@ -222,8 +220,10 @@ def _verdict(decisions: Sequence[DecisionAnswer]) -> str:
     if flaps := sum(d.flapping for d in decisions):
         parts.append(f"{flaps} decisions flapped")
     if ups:
-        warm, early = sum(d.warm_pool_s for d in ups), sum(d.prediction_s for d in ups)
-        parts.append(f"warm replicas would have saved at most {warm:,.0f} user-seconds, a prediction {early:,.0f}")
+        parts.append(
+            f"warm replicas would have saved at most {waits.warm_pool_s:,.0f} user-seconds, a prediction "
+            f"{waits.prediction_s:,.0f}"
+        )
     return "; ".join(parts) + "."
 
 

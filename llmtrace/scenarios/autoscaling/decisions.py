@@ -88,6 +88,16 @@ class Decision:
         return self.limit == a.LIMITED_MAX
 
     @property
+    def ready_ns(self) -> int | None:
+        """When the first of its replicas could serve."""
+        return min((r.ready_ns for r in self.replicas if r.ready_ns is not None), default=None)
+
+    @property
+    def useful_ns(self) -> int | None:
+        """When the first of its replicas gave its first token."""
+        return min((r.useful_ns for r in self.replicas if r.useful_ns is not None), default=None)
+
+    @property
     def driven(self) -> bool:
         """Whether requests drove it: it adds replicas, or would if it might."""
         return self.direction == a.SCALE_UP or self.limited

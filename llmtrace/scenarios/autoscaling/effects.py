@@ -5,8 +5,8 @@ Waiting, the time until its replicas were useful, accelerator time, the queue af
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -97,6 +97,15 @@ class DecisionAnswer(_Model):
     failures: list[str]
 
 
+class Waits(NamedTuple):
+    """Waiting until decisions took effect, and the most of it that warm replicas, or a prediction, would have saved."""
+
+    user_s: float
+    token_s: float
+    warm_pool_s: float
+    prediction_s: float
+
+
 class Effects:
     """Computes the answers of decisions, all against the same requests."""
 
@@ -129,8 +138,7 @@ class Effects:
         decision = self._decisions[number]
         rows, waiting = self.drivers(decision), self._table.waiting
         replicas = [self._replica(r, decision) for r in decision.replicas if r.up]
-        useful_ns = min((r.useful_ns for r in decision.replicas if r.useful_ns), default=None)
-        ready_ns = min((r.ready_ns for r in decision.replicas if r.ready_ns), default=None)
+        useful_ns, ready_ns = decision.useful_ns, decision.ready_ns
         until_ns = self._until(number, useful_ns)
         onset_ns = waiting.onset(decision.time_ns)
         before, after = self._queue_around(decision, useful_ns)
@@ -168,6 +176,24 @@ class Effects:
             flapping=decision.id in self._flapping,
             verdict=_verdict(decision, useful_ns, before, after),
             failures=[f"{r.name}: {r.failure}" for r in decision.replicas if r.outcome == a.OUTCOME_FAILED],
+        )
+
+    def waits_for_more(self) -> Waits:
+        """The waits of all decisions that added replicas; what several of them have in common counts once."""
+        until, warm, early = [], [], []
+        for number, d in enumerate(self._decisions):
+            if d.direction != a.SCALE_UP:
+                continue
+            until.append((d.time_ns, self._until(number, d.useful_ns)))
+            if (ready_ns := d.ready_ns) is not None:
+                warm.append((d.time_ns, ready_ns))
+                early.append((self._table.waiting.onset(d.time_ns), ready_ns))
+        waiting, tokens = self._table.waiting, self._table.waiting_tokens
+        return Waits(
+            user_s=sum(waiting.between(*part) for part in _merged(until)),
+            token_s=sum(tokens.between(*part) for part in _merged(until)),
+            warm_pool_s=sum(waiting.between(*part) for part in _merged(warm)),
+            prediction_s=sum(waiting.between(*part) for part in _merged(early)),
         )
 
     def _next(self, number: int) -> int:
@@ -217,6 +243,17 @@ class Effects:
             accelerator_s=(end_ns - replica.start_ns) / SECOND * decision.accelerators,
             still_running=stopped is None,
         )
+
+
+def _merged(parts: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same time in parts that do not overlap."""
+    found: list[tuple[int, int]] = []
+    for start, end in sorted(parts):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], end))
+        else:
+            found.append((start, end))
+    return found
 
 
 def _flapping(decisions: Sequence[Decision]) -> list[str]:

@@ -88,7 +88,8 @@ def verdict_text(decision: DecisionAnswer) -> str:
     if decision.verdict == "limited":
         more = f" to {decision.maximum} for {decision.limited_s:.0f} s"
     elif decision.verdict == "held":
-        more = next((f": {HELD[by]}" for by in (decision.limit, decision.stabilization) if by in HELD), "")
+        by = next((HELD[by] for by in (decision.limit, decision.stabilization) if by in HELD), "")
+        return f"held: {by or 'no metric'}" if by or decision.value is None else "no longer held"
     elif decision.limit == a.LIMITED_MAX:
         more = f", limited to {decision.maximum}"
     return f"{decision.verdict}{more}{', flapping' if decision.flapping else ''}"
