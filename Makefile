@@ -37,8 +37,9 @@ format: .venv/.synced ## Format the code
 	$(RUN) ruff format .
 	$(RUN) ruff check --fix .
 
-generate: .venv/.synced ## Write what follows from the registry of names: constants, docs/reference.md
+generate: .venv/.synced ## Write what follows from the registry of names and from grafana/: constants, docs/reference.md, dashboards
 	$(RUN) python -m llmtrace.semconv.generate
+	$(RUN) python -m grafana.generate
 
 check: .venv/.synced ## Lint, types, playbooks, shell (no stack needed)
 	scripts/check

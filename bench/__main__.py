@@ -5,7 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 
-MODULES = ("bench.picker", "bench.gateway", "bench.sidecar", "bench.store", "bench.answers", "bench.autoscaling")
+MODULES = (
+    "bench.picker",
+    "bench.gateway",
+    "bench.sidecar",
+    "bench.store",
+    "bench.collector",
+    "bench.answers",
+    "bench.autoscaling",
+)
 
 
 def main() -> int:

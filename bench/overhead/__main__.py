@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench.overhead import engine_loop, report
+from bench.overhead import engine_loop, live, report
 from bench.overhead.analysis import analyse
 from bench.overhead.plans import PYTHON, QUICK, SMOL, TINY
 from bench.overhead.rounds import measure
@@ -22,7 +22,7 @@ from llmtrace.errors import UserError
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smoke run of under two minutes: tiny model, two rounds")
+    parser.add_argument("--quick", action="store_true", help="a smoke run of about two minutes: tiny model, two rounds")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--report", type=Path, metavar="PAGE", help="also write the tables into this Markdown page")
     arguments = parser.parse_args()
@@ -48,10 +48,12 @@ def _run(arguments: argparse.Namespace) -> None:
         results = [analyse(measure(plan, plan.path or tiny, plugin, folder, say)) for plan in plans]
         say("the engine's loop")
         costs = engine_loop.measure(tiny, plugin)
-    text = report.page(results, costs)
+        say("the hooks in a running server")
+        running = live.measure(plans[0], tiny, plugin, folder)
+    text = report.page(results, costs, running)
     if arguments.report:
         report.write_into(arguments.report, text)
-    print(json.dumps(report.data(results, costs), indent=2) if arguments.json else text)
+    print(json.dumps(report.data(results, costs, running), indent=2) if arguments.json else text)
 
 
 def say(line: str) -> None:

@@ -9,7 +9,7 @@ from statistics import mean
 
 import numpy as np
 
-from bench.overhead.plans import BASE, BUILT_IN_FULL, FULL, PRESSED, Cell, Plan, Variant
+from bench.overhead.plans import BASE, BUILT_IN_FULL, FULL, OUT, PRESSED, Cell, Plan, Variant
 from bench.overhead.rounds import Measured, Sample
 from llmtrace.stats import ClusterMeans, Interval
 
@@ -109,6 +109,8 @@ class Result:
     against_none: dict[str, Changes]
     against_built_in: Changes
     """llmtrace, every request sampled, against vLLM's own tracing."""
+    against_itself: dict[str, Changes]
+    """Cells of the server with the plugin, against the same process with the hooks out."""
     memory: dict[str, Memory]
     losses: dict[str, Losses]
 
@@ -121,6 +123,11 @@ def analyse(measured: Measured) -> Result:
         {cell.name: summary(measured, cell) for cell in cells},
         {cell.name: changes(measured, cell, BASE) for cell in cells if cell != BASE},
         changes(measured, FULL, BUILT_IN_FULL),
+        {
+            cell.name: changes(measured, cell, OUT)
+            for cell in cells
+            if OUT in cells and cell.variant == OUT.variant and cell != OUT
+        },
         {cell.name: memory(measured, cell.variant) for cell in cells},
         {cell.name: losses(measured, cell.variant) for cell in pressed},
     )

@@ -24,6 +24,8 @@ class Variant:
     plugin: bool = False
     collector: Collector = "up"
     """Whether what its spans are sent to answers, answers long after the exporter's timeout, or is not there."""
+    timed: bool = False
+    """Its hooks are timed (:mod:`bench.overhead.inside`)."""
 
 
 NONE = Variant("no tracing", traced=False)
@@ -32,6 +34,7 @@ BUILT_IN = Variant("vLLM's own")
 PLUGIN = Variant("llmtrace", plugin=True)
 HANGS = Variant("llmtrace, collector hangs", plugin=True, collector="hangs")
 DOWN = Variant("llmtrace, collector down", plugin=True, collector="down")
+TIMED = Variant("llmtrace, timed", plugin=True, timed=True)
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,13 @@ class Cell:
     variant: Variant
     sampling: float
     """Share of the requests whose ``traceparent`` is sampled."""
+    hooks: bool = True
+    """False: the plugin's hooks are taken out of the running server for this cell."""
 
     @property
     def name(self) -> str:
+        if not self.hooks:
+            return f"{self.variant.name}, hooks out"
         return f"{self.variant.name}, {self.sampling:.0%}" if self.variant.traced else self.variant.name
 
 
@@ -52,6 +59,8 @@ NOISE = Cell(CONTROL, 0.0)
 BUILT_IN_FULL = Cell(BUILT_IN, 1.0)
 FULL = Cell(PLUGIN, 1.0)
 COMPARED = (BASE, BUILT_IN_FULL, FULL)
+OUT = Cell(PLUGIN, 0.0, hooks=False)
+"""What a server with the plugin is compared with where it shall be itself."""
 LADDER = (Cell(PLUGIN, 0.0), Cell(PLUGIN, 0.01), Cell(PLUGIN, 0.1), FULL)
 PRESSED = (Cell(HANGS, 1.0), Cell(DOWN, 1.0))
 
@@ -83,7 +92,7 @@ class Plan:
 TINY = Plan(
     model="tiny, random weights",
     path=None,
-    cells=tuple(dict.fromkeys((*COMPARED, NOISE, *LADDER, *PRESSED))),
+    cells=tuple(dict.fromkeys((*COMPARED, NOISE, OUT, *LADDER, *PRESSED))),
     starts=8,
     rounds=5,
     requests=96,
@@ -95,7 +104,7 @@ TINY = Plan(
 SMOL = Plan(
     model="SmolLM2-135M-Instruct",
     path=SMOLLM2,
-    cells=(*COMPARED, NOISE),
+    cells=(*COMPARED, NOISE, OUT),
     starts=2,
     rounds=10,
     requests=12,
@@ -105,5 +114,5 @@ SMOL = Plan(
     vocabulary=40_000,
 )
 
-QUICK = replace(TINY, cells=tuple(dict.fromkeys((*COMPARED, *LADDER))), starts=1, rounds=2, requests=48)
+QUICK = replace(TINY, cells=tuple(dict.fromkeys((*COMPARED, OUT, *LADDER))), starts=1, rounds=2, requests=48)
 """A smoke run."""

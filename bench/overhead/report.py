@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.overhead.analysis import Percentiles, Result
+from bench.overhead.analysis import Changes, Percentiles, Result
 from bench.overhead.engine_loop import Costs
+from bench.overhead.live import Live
 from bench.overhead.plans import BASE, BUILT_IN_FULL, FULL, LADDER, NOISE, PRESSED, VLLM_VERSION
 from llmtrace.errors import UserError
 from llmtrace.stats import Interval
@@ -24,6 +25,7 @@ REQUEST_COSTS_AT = 32
 BEGIN, END = "<!-- begin: python -m bench.overhead -->", "<!-- end: python -m bench.overhead -->"
 
 Row = Sequence[str]
+CHANGED = ("throughput", "TTFT", "TPOT", "CPU per request")
 
 
 def check(path: Path) -> tuple[str, str]:
@@ -44,9 +46,9 @@ def write_into(path: Path, text: str) -> None:
     path.write_text(f"{head}{BEGIN}\n{text.strip()}\n{END}{tail}")
 
 
-def data(results: Sequence[Result], costs: Sequence[Costs]) -> dict[str, Any]:
+def data(results: Sequence[Result], costs: Sequence[Costs], running: Mapping[str, Live]) -> dict[str, Any]:
     """Everything as JSON takes it."""
-    found = {"machine": machine(), "results": results, "engine_loop": costs}
+    found = {"machine": machine(), "results": results, "engine_loop": costs, "running_server": running}
     plain: dict[str, Any] = json.loads(json.dumps(found, default=_plain))
     return plain
 
@@ -73,7 +75,7 @@ def interval(value: Interval) -> str:
     return f"{value.estimate:+.1f} % ({value.low:+.1f} to {value.high:+.1f})"
 
 
-def page(results: Sequence[Result], costs: Sequence[Costs]) -> str:
+def page(results: Sequence[Result], costs: Sequence[Costs], running: Mapping[str, Live]) -> str:
     """Everything, in the order of docs/overhead.md."""
     parts = [f"Measured with {machine()}.", "\n".join(f"- {verdict(each)}" for each in results)]
     for each in results:
@@ -83,32 +85,39 @@ def page(results: Sequence[Result], costs: Sequence[Costs]) -> str:
         if set(PRESSED) <= set(each.plan.cells):
             parts += ["#### A collector that is not well", pressure(each)]
     parts += ["### In the engine's loop", engine_loop(costs)]
+    parts += ["### In a running server", running_server(running)]
     return "\n\n".join(parts)
 
 
 def verdict(result: Result) -> str:
-    """Whether the goal is met, in one sentence."""
+    """Whether the goal is met, with every request sampled."""
     found = result.against_none[FULL.name].throughput
-    if found.low >= -GOAL_PERCENT:
-        means = f"within the goal of {GOAL_PERCENT:.0f} %"
-    elif found.high < -GOAL_PERCENT:
-        means = f"beyond the goal of {GOAL_PERCENT:.0f} %"
-    else:
-        means = f"the interval does not decide about the goal of {GOAL_PERCENT:.0f} %"
-    return (
-        f"{result.plan.model}: with every request sampled, llmtrace and vLLM's own tracing together change "
-        f"throughput by {interval(found)} against no tracing: {means}."
+    text = (
+        f"{result.plan.model}, every request sampled: llmtrace and vLLM's own tracing together change throughput by "
+        f"{interval(found)} against another server without tracing: {_meaning(found)}."
     )
+    if FULL.name in result.against_itself:
+        found = result.against_itself[FULL.name].throughput
+        text += (
+            f" Against the same process with the plugin's hooks taken out and nothing sampled: {interval(found)}: "
+            f"{_meaning(found)}."
+        )
+    return text
+
+
+def _meaning(found: Interval) -> str:
+    if found.low >= -GOAL_PERCENT:
+        return f"within the goal of {GOAL_PERCENT:.0f} %"
+    if found.high < -GOAL_PERCENT:
+        return f"beyond the goal of {GOAL_PERCENT:.0f} %"
+    return f"the interval does not decide about the goal of {GOAL_PERCENT:.0f} %"
 
 
 def comparison(result: Result) -> str:
     """What each way of tracing changes."""
     plan, base = result.plan, result.summaries[BASE.name]
-    rows = []
-    for name in (BUILT_IN_FULL.name, FULL.name, NOISE.name):
-        if name in result.against_none:
-            found = result.against_none[name]
-            rows.append([name, *(interval(each) for each in (found.throughput, found.ttft, found.tpot, found.cpu))])
+    names = (BUILT_IN_FULL.name, FULL.name, NOISE.name)
+    rows = [_changes(name, result.against_none[name]) for name in names if name in result.against_none]
     load = (
         f"{plan.concurrency} requests at a time, {plan.prompt_tokens} prompt tokens and {plan.output_tokens} output "
         f"tokens in the mean; {plan.starts * plan.rounds} rounds of {plan.requests} requests for each row, servers "
@@ -116,9 +125,16 @@ def comparison(result: Result) -> str:
         f"ms and TPOT {base.tpot.p50:.2f} ms (medians), {base.api_server_ms + base.engine_core_ms:,.1f} ms of CPU per "
         "request."
     )
-    changes = table(["against no tracing", "throughput", "TTFT", "TPOT", "CPU per request"], rows)
-    added = interval(result.against_built_in.throughput)
-    return f"{load}\n\n{changes}\n\nllmtrace against vLLM's own: throughput {added}."
+    parts = [load, table(["against no tracing", *CHANGED], rows)]
+    if result.against_itself:
+        rows = [_changes(name, found) for name, found in result.against_itself.items()]
+        parts.append(table(["against itself, hooks out", *CHANGED], rows))
+    parts.append(f"llmtrace against vLLM's own: throughput {interval(result.against_built_in.throughput)}.")
+    return "\n\n".join(parts)
+
+
+def _changes(name: str, found: Changes) -> Row:
+    return [name, *(interval(each) for each in (found.throughput, found.ttft, found.tpot, found.cpu))]
 
 
 def ladder(result: Result) -> str:
@@ -205,6 +221,23 @@ def engine_loop(costs: Sequence[Costs]) -> str:
         f"{of.own_request:.0f} µs in the event loop and {of.own_export_request:.0f} µs in the exporter's thread."
     )
     return f"{table(head, rows)}\n\n{per_request}"
+
+
+def running_server(running: Mapping[str, Live]) -> str:
+    """The hooks of every step, timed in a server that serves."""
+    head = ["tiny model, sampled", "engine core", "median", "API server", "step", "engine core's share"]
+    rows = [
+        [
+            share,
+            f"{each.engine:.1f} µs",
+            f"{each.engine_median:.1f} µs",
+            f"{each.api_server:.1f} µs",
+            f"{each.step:,.0f} µs",
+            f"{each.engine / each.step * 100:.2f} %",
+        ]
+        for share, each in running.items()
+    ]
+    return table(head, rows)
 
 
 def machine() -> str:

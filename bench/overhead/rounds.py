@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from bench.overhead import load
-from bench.overhead.plans import BUILT_IN, PLUGIN, Cell, Plan, Variant
+from bench.overhead.plans import BUILT_IN, OUT, PLUGIN, Cell, Plan, Variant
 from bench.overhead.servers import Cpu, Memory, Server, serve
 from bench.sink import Counts
 
@@ -44,7 +45,7 @@ class Usage:
     start: int
     memory: Memory
     sampled: int
-    """Sampled requests in all, warm-up included."""
+    """Sampled requests of all rounds."""
     exported: Counts
     """What its collector took of them."""
     complaints: int
@@ -72,6 +73,27 @@ def measure(plan: Plan, model: Path, plugin: Path, folder: Path, say: Say) -> Me
     return measured
 
 
+class Round(NamedTuple):
+    """What a server is sent in one round, ready to go."""
+
+    messages: list[bytes]
+    sampled: int
+    """Requests of it that are sampled."""
+    tokens: int
+    """That the server has to make."""
+
+
+def prepare(plan: Plan, number: int, name: str, sampling: float) -> Round:
+    """Requests of a round; the same prompts and lengths for every ``name``, of which each has prefixes of its own."""
+    ids = random.Random(name)
+    asked = load.requests(number, plan.requests, plan.prompt_tokens, plan.output_tokens, plan.vocabulary)
+    flags = [ids.random() < sampling for _ in asked]
+    messages = [
+        load.encode(request, salt=name, sampled=flag, ids=ids) for request, flag in zip(asked, flags, strict=True)
+    ]
+    return Round(messages, sum(flags), sum(request.max_tokens for request in asked))
+
+
 class _Start:
     """The rounds of one set of servers."""
 
@@ -80,15 +102,21 @@ class _Start:
         self._start = start
         self._servers = servers
         self._say = say
-        self._sampled = dict.fromkeys(servers, 0)
-        # vLLM traces its own start as well.
-        self._before = {variant: server.exported() for variant, server in servers.items()}
+        self._hooks = dict.fromkeys(servers, True)
+        self._count_anew()  # vLLM traces its own start as well
+
+    def _count_anew(self) -> None:
+        self._sampled = dict.fromkeys(self._servers, 0)
+        self._before = {variant: server.exported() for variant, server in self._servers.items()}
 
     def run(self, measured: Measured) -> None:
         for number in range(-WARM_UP_ROUNDS, 0):
             for variant in self._servers:
                 self._cell(Cell(variant, 1.0), number)
         self._check_spans()
+        if OUT in self._plan.cells:
+            self._check_switch()
+        self._count_anew()
         for number in range(self._plan.rounds):
             cells = list(self._plan.cells)
             random.Random(f"{self._start} {number}").shuffle(cells)
@@ -104,26 +132,23 @@ class _Start:
             )
 
     def _cell(self, cell: Cell, number: int) -> Sample:
-        plan, server = self._plan, self._servers[cell.variant]
-        ids = random.Random(f"{self._start} {number} {cell.name}")
-        asked = load.requests(number, plan.requests, plan.prompt_tokens, plan.output_tokens, plan.vocabulary)
-        flags = [ids.random() < cell.sampling for _ in asked]
-        messages = [
-            load.encode(request, salt=f"{self._start}-{number}-{cell.name}", sampled=flag, ids=ids)
-            for request, flag in zip(asked, flags, strict=True)
-        ]
+        server = self._servers[cell.variant]
+        round_ = prepare(self._plan, number, f"{self._start}-{number}-{cell.name}", cell.sampling)
+        if cell.hooks != self._hooks[cell.variant]:
+            server.switch(cell.hooks)
+            self._hooks[cell.variant] = cell.hooks
         cpu, exported = server.cpu(), server.exported()
-        done = load.drive(server.port, messages, plan.concurrency)
+        done = load.drive(server.port, round_.messages, self._plan.concurrency)
         time.sleep(SETTLE_S)
-        self._sampled[cell.variant] += sum(flags)
-        if done.tokens != sum(request.max_tokens for request in asked):
+        self._sampled[cell.variant] += round_.sampled
+        if done.tokens != round_.tokens:
             sys.exit(f"{cell.variant.name} made {done.tokens} tokens, not those asked for; its log: {server.log}")
         return Sample(
             cell,
             self._start,
             number,
             done,
-            sum(flags),
+            round_.sampled,
             server.cpu().since(cpu),
             server.exported().since(exported),
         )
@@ -135,10 +160,15 @@ class _Start:
         """End the program where a server does not trace as its variant says: its numbers would mean nothing."""
         for variant, least, most in ((BUILT_IN, 1, 1), (PLUGIN, 3, 4)):
             server = self._servers.get(variant)
-            if server is None:
-                continue
-            sampled, spans = self._sampled[variant], self._exported(variant).spans
-            if not least * sampled <= spans <= most * sampled:
-                sys.exit(
-                    f"{variant.name}: {spans} spans for {sampled} requests; its log:\n{server.log.read_text()[-4000:]}"
-                )
+            if server is not None:
+                self._check_count(variant, self._sampled[variant], self._exported(variant).spans, least, most)
+
+    def _check_switch(self) -> None:
+        """The same for a server whose hooks are out: it has to send vLLM's own spans, and no others."""
+        sample = self._cell(Cell(PLUGIN, 1.0, hooks=False), -1)
+        self._check_count(PLUGIN, sample.sampled, sample.exported.spans, 1, 1)
+
+    def _check_count(self, variant: Variant, sampled: int, spans: int, least: int, most: int) -> None:
+        if not least * sampled <= spans <= most * sampled:
+            log = self._servers[variant].log.read_text()
+            sys.exit(f"{variant.name}: {spans} spans for {sampled} requests; its log:\n{log[-4000:]}")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,12 +18,14 @@ from typing import NamedTuple
 import psutil
 
 from bench import model_server
+from bench.overhead import inside
 from bench.overhead.plans import PYTHON, Variant
 from bench.processes import free_ports, process, wait
 from bench.sink import Counts, Receiver, sink
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 600
+ANSWER_TIMEOUT_S = 10
 HANGS_S = 60.0
 """Longer than the 10 s after which an OTLP exporter gives up."""
 KV_CACHE_BYTES = 1 << 28
@@ -70,6 +76,28 @@ class Server:
         found = [each.memory_full_info() for each in (self.main, *self.main.children(recursive=True))]
         return Memory(sum(each.rss for each in found), sum(each.pss for each in found))
 
+    def switch(self, hooks: bool) -> None:
+        """Take the plugin's hooks out of all of the server's processes, or put them back; nothing may be under way."""
+        self._signal(signal.SIGUSR2 if hooks else signal.SIGUSR1, inside.HOOKS_IN if hooks else inside.HOOKS_OUT)
+
+    def times(self) -> dict[str, dict[str, float]]:
+        """Of a timed server: what the plugin's hooks of every step took since the last time, by hook."""
+        told = self._signal(signal.SIGUSR1, inside.TOLD)
+        return {name: summary for text in told for name, summary in json.loads(text).items()}
+
+    def _signal(self, number: int, says: str) -> list[str]:
+        """Send it to all of the server's processes; each answers with a line of the log, whose rest is returned."""
+        children = [each for each in self.main.children(recursive=True) if each.name().startswith("VLLM::")]
+        before = len(self._said(says))
+        for each in (self.main, *children):
+            each.send_signal(number)
+        deadline = time.monotonic() + ANSWER_TIMEOUT_S
+        while len(told := self._said(says)[before:]) < 1 + len(children):
+            if time.monotonic() > deadline:
+                sys.exit(f"{self.variant.name} did not say {says!r} within {ANSWER_TIMEOUT_S} s; its log: {self.log}")
+            time.sleep(0.02)
+        return told
+
     def exported(self) -> Counts:
         return self.receiver.counts() if self.receiver else Counts()
 
@@ -77,12 +105,22 @@ class Server:
         """Lines about export and drops in the server's log."""
         return sum(1 for line in self.log.read_text(errors="replace").splitlines() if _COMPLAINTS.search(line))
 
+    def _said(self, text: str) -> list[str]:
+        lines = self.log.read_text(errors="replace").splitlines(keepends=True)
+        return [line.partition(text)[2] for line in lines if text in line and line.endswith("\n")]
+
 
 def install_plugin(folder: Path) -> Path:
-    """Put this checkout into ``folder``, which only the servers that shall have the plugin can import from."""
+    """Put this checkout and the bench's own plugin into ``folder``: servers that shall have both import from it."""
     command = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--no-deps", "--refresh-package", "llmtrace"]
     command += ["--target", str(folder), str(ROOT)]
     subprocess.run(command, check=True)
+    name = "overhead_bench"
+    shutil.copy(inside.__file__, folder / f"{name}.py")
+    package = folder / f"{name}-1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+    (package / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{name} = {name}:register\n")
     return folder
 
 
@@ -104,6 +142,8 @@ def serve(model: Path, variants: tuple[Variant, ...], plugin: Path, logs: Path) 
                 collector = nobody if variant.collector == "down" else receiver.port
                 command += ["--otlp-traces-endpoint", f"http://127.0.0.1:{collector}"]
             environment = ENVIRONMENT | {"PYTHONPATH": str(plugin) if variant.plugin else ""}
+            if variant.timed:
+                environment[inside.TIMES] = "1"
             log = logs / f"{variant.name}.log"
             child = stack.enter_context(process(command, log, environment))
             started.append((Server(variant, port, psutil.Process(child.pid), receiver, log), child))

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 CHECKED_VERSIONS = ("0.32", "0.33")
 """vLLM releases (major.minor) whose source has everything in this table; 0.32 is also run."""
@@ -226,8 +227,7 @@ def check(hooks: tuple[Hook, ...] = HOOKS) -> tuple[dict[str, Callable[..., obje
     moved: list[Moved] = []
     for hook in hooks:
         try:
-            owner = reduce(getattr, hook.owner.split("."), importlib.import_module(hook.module))
-            function = inspect.getattr_static(owner, hook.function)
+            function = inspect.getattr_static(owner_of(hook), hook.function)
             parameters = list(inspect.signature(function).parameters)[1:]
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             moved.append(Moved(hook, f"{type(error).__name__}: {error}"))
@@ -237,6 +237,11 @@ def check(hooks: tuple[Hook, ...] = HOOKS) -> tuple[dict[str, Callable[..., obje
             continue
         found[hook.name] = function
     return found, moved
+
+
+def owner_of(hook: Hook) -> Any:
+    """The class that has the function; ImportError or AttributeError where there is none."""
+    return reduce(getattr, hook.owner.split("."), importlib.import_module(hook.module))
 
 
 def is_checked(version: str) -> bool:

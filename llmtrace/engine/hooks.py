@@ -21,7 +21,8 @@ Before = Callable[..., Any]
 After = Callable[..., None]
 """Called with what the before part returned, the result, and the arguments of the wrapped function."""
 
-_WRAPPED = "__llmtrace_wrapped__"
+WRAPPED = "__llmtrace_wrapped__"
+"""Set on what replaces a function of vLLM."""
 
 
 class Guard:
@@ -65,7 +66,7 @@ def wrap(owner: Any, name: str, guard: Guard, before: Before | None = None, afte
     The method's own exception skips ``after`` and reaches the caller as it is.
     """
     original = getattr(owner, name)
-    if getattr(original, _WRAPPED, False):
+    if getattr(original, WRAPPED, False):
         return
     where = f"{owner.__name__}.{name}"
 
@@ -79,7 +80,7 @@ def wrap(owner: Any, name: str, guard: Guard, before: Before | None = None, afte
             guard.run(where, after, state, result, *args, **kwargs)
         return result
 
-    setattr(wrapper, _WRAPPED, True)
+    setattr(wrapper, WRAPPED, True)
     setattr(owner, name, wrapper)
 
 

@@ -6,11 +6,10 @@ import importlib
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from functools import reduce
 from typing import Any
 
 from llmtrace.engine.collector import Collector
-from llmtrace.engine.compat import HOOKS, Moved, check, is_checked
+from llmtrace.engine.compat import HOOKS, Moved, check, is_checked, owner_of
 from llmtrace.engine.frontend import Frontend
 from llmtrace.engine.hooks import After, Before, Guard, logger, wrap
 from llmtrace.engine.switch import switch_on
@@ -117,8 +116,7 @@ def _wrap_all(plugin: Plugin, found: dict[str, Callable[..., object]]) -> None:
     bodies = plugin.bodies()
     for hook in HOOKS:
         if hook.name in found:
-            owner = reduce(getattr, hook.owner.split("."), importlib.import_module(hook.module))
-            wrap(owner, hook.function, plugin.guard, *bodies[hook.name])
+            wrap(owner_of(hook), hook.function, plugin.guard, *bodies[hook.name])
 
 
 def report(version: str, moved: list[Moved]) -> None:

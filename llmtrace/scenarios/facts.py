@@ -80,7 +80,8 @@ class Served:
 class Block:
     """One arm's share of a block, and what vLLM's own counters said about it, by server.
 
-    ``roles`` are those of the servers, as far as they are told; ``attributes`` are all of the block's span.
+    ``hits`` and ``queries`` have the same servers. ``roles`` are those of the servers, as far as they are told;
+    ``attributes`` are all of the block's span.
     """
 
     arm: str
@@ -136,8 +137,9 @@ def read_blocks(traces: Iterable[Trace]) -> list[Block]:
                 arm=text(span.attributes.get(a.ARM)),
                 block=integer(span.attributes.get(a.BLOCK)) or 0,
                 requests=integer(span.attributes.get(a.BLOCK_REQUESTS)) or 0,
-                hits=dict(zip(servers, hits, strict=False)),
-                queries=dict(zip(servers, queries, strict=False)),
+                # Of a server that lacks one of the two, neither is used.
+                hits={server: hit for server, hit, _ in zip(servers, hits, queries, strict=False)},
+                queries={server: query for server, _, query in zip(servers, hits, queries, strict=False)},
                 kv_block_size=integer(span.attributes.get(a.KV_BLOCK_SIZE)),
                 model=text(span.attributes.get(a.REQUEST_MODEL)),
                 roles=dict(zip(servers, strings(span.attributes.get(a.BLOCK_ROLES)), strict=False)),

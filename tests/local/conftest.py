@@ -14,7 +14,9 @@ pytest.register_assert_rewrite("engine_servers", "engine_trees", "engine_workloa
 LAST = (
     "test_walkthrough.py",
     "test_autoscaling.py",
+    "test_dashboards_autoscaling.py",
     "test_pd_disaggregation.py",
+    "test_dashboards_pd.py",
     "test_pd_faults.py",
     "test_conformance.py",
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+import sys
 import time
+import types
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import grpc
@@ -16,14 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from bench.overhead import analysis, load, report
+from bench.overhead import analysis, inside, load, report
 from bench.overhead.analysis import Losses, Percentiles
 from bench.overhead.engine_loop import Costs
+from bench.overhead.live import Live
 from bench.overhead.load import Load, Stream, Times
-from bench.overhead.plans import BASE, BUILT_IN_FULL, DOWN, FULL, LADDER, PLUGIN, PRESSED, TINY, Cell
+from bench.overhead.plans import BASE, BUILT_IN_FULL, DOWN, FULL, LADDER, OUT, PLUGIN, PRESSED, TINY, Cell
 from bench.overhead.rounds import Measured, Sample, Usage
 from bench.overhead.servers import Cpu, Memory
 from bench.sink import SERVICE, Counts, sink
+from llmtrace.engine import compat, hooks
 from llmtrace.errors import UserError
 from llmtrace.stats import Interval
 
@@ -69,7 +73,7 @@ def test_tokens_that_come_together_count_as_one_arrival() -> None:
 def test_a_stream_is_read_the_same_however_it_is_cut(cuts: list[int]) -> None:
     whole = b"".join(answer())
     borders = sorted({0, *cuts, len(whole)})
-    pieces = [whole[low:high] for low, high in pairwise(borders)]
+    pieces = [whole[low:high] for low, high in itertools.pairwise(borders)]
     stream = Stream(sent=0.0)
     results = [stream.receive(piece, float(number)) for number, piece in enumerate(pieces)]
     assert results[:-1] == [None] * (len(pieces) - 1)
@@ -199,7 +203,8 @@ def test_the_page_has_a_row_for_every_cell_and_is_written_between_its_markers(tm
     page = tmp_path / "overhead.md"
     page.write_text(f"# Before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     results = [whole()]
-    report.write_into(page, report.page(results, COSTS))
+    running = {"0%": Live(10, 9, 6, 2000), "100%": Live(20, 15, 6, 2000)}
+    report.write_into(page, report.page(results, COSTS, running))
     text = page.read_text()
     assert text.startswith(f"# Before\n{report.BEGIN}\n")
     assert text.endswith(f"\n{report.END}\nafter\n")
@@ -209,9 +214,11 @@ def test_the_page_has_a_row_for_every_cell_and_is_written_between_its_markers(tm
     for cell in PRESSED:
         assert f"| {cell.variant.name} " in text
     assert "0.45 %" in text
+    assert "1.00 %" in text
     report.write_into(page, "again")
     assert page.read_text() == f"# Before\n{report.BEGIN}\nagain\n{report.END}\nafter\n"
-    data = report.data(results, COSTS)
+    data = report.data(results, COSTS, running)
+    assert data["running_server"]["100%"]["step"] == 2000
     assert data["results"][0]["summaries"][FULL.name]["tokens_per_s"] == pytest.approx(200)
     assert data["results"][0]["against_none"][FULL.name]["throughput"]["estimate"] == 0
 
@@ -240,7 +247,54 @@ def test_the_verdict_is_the_interval_s(low: float, high: float, says: str) -> No
     changes = replace(
         result.against_none[FULL.name], throughput=Interval(estimate=(low + high) / 2, low=low, high=high)
     )
-    assert says in report.verdict(replace(result, against_none={FULL.name: changes}))
+    against = {FULL.name: changes}
+    assert says in report.verdict(replace(result, against_none=against, against_itself={}))
+    assert says in report.verdict(replace(result, against_itself=against)).partition("same process")[2]
+
+
+def test_a_server_is_compared_with_itself() -> None:
+    found = measured(lambda _start, _number: 1.0)
+    plan = replace(found.plan, cells=(*found.plan.cells, OUT))
+    for each in found.samples[::2]:
+        found.samples.append(sample(BUILT_IN_FULL, each.start, each.round, each.load.seconds))
+        found.samples.append(sample(OUT, each.start, each.round, each.load.seconds / 1.25))
+    found.usages.extend(Usage(variant, 0, Memory(1, 1), 1, Counts(), 0) for variant in plan.variants)
+    slower = analysis.analyse(replace(found, plan=plan))
+    assert set(slower.against_itself) == {FULL.name}
+    assert slower.against_itself[FULL.name].throughput.estimate == pytest.approx(-20)
+    assert slower.against_none[FULL.name].throughput.estimate == pytest.approx(0)
+
+
+def test_the_switch_takes_hooks_out_and_puts_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    owner = type("Owner", (), {"step": lambda self: "result"})
+    module = types.ModuleType("a_module")
+    module.Owner = owner  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    hook = replace(compat.HOOKS[0], module=module.__name__, owner="Owner", function="step")
+    monkeypatch.setattr(compat, "HOOKS", (hook,))
+    hooks.wrap(owner, "step", hooks.Guard(), before=lambda *_: calls.append(1))
+    for move, expected in ((None, 1), (inside._out, 1), (inside._out, 1), (inside._in, 2)):
+        if move is not None:
+            move(0, None)
+        assert owner().step() == "result"  # type: ignore[attr-defined]
+        assert len(calls) == expected
+
+
+def test_what_a_hook_adds_is_timed_without_vllms_own_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, samples = itertools.count(step=10), []
+    monkeypatch.setattr(inside, "time", types.SimpleNamespace(perf_counter_ns=lambda: next(now)))
+    clock = inside._Clock(samples)
+    vllms = clock.inner(lambda: [next(now) for _ in range(5)])
+
+    def hooked() -> None:
+        next(now)
+        vllms()
+
+    clock.outer(hooked)()
+    # From 0 to 90, of which vLLM's own took from 20 to 80.
+    assert samples == [30]
+    assert inside._summary([1000] * 99 + [10**9]) == {"calls": 100, "median": 1.0, "mean": 1.0}
 
 
 def test_the_sink_counts_what_it_answers_and_nothing_else() -> None:

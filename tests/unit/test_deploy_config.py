@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import yaml
+from collecting import FLAGS, RENDERINGS
 from deployed import program, refusal, render
 from picking import Handle
 from supervisor.options import ServerOptions
 
 from llmtrace.autoscale.__main__ import options
-from llmtrace.deploy import playbook
 from llmtrace.picker import config
 
 CHANGED = {"vllm_servers": 2, "vllm_base_port": 18500, "vllm_block_size": 64, "store_port": 18501}
@@ -59,8 +59,24 @@ def test_promtool_accepts_prometheus_configuration(etc: Path) -> None:
 
 
 def test_the_collector_accepts_its_configuration(etc: Path) -> None:
-    configs = [f"--config={etc}/collector-{name}.yaml" for name in ("common", "span-metrics", "local")]
-    run(program("collector/*/otelcol"), "validate", *configs, env=environment_of(etc, "collector"))
+    command = shlex.split(program_section(etc, "collector")["command"])
+    configs = [f"--config={etc}/collector-{name}.yaml" for name in RENDERINGS["local"]]
+    assert command[1:] == [*FLAGS, *configs]
+    run(program("collector/*/otelcol"), "validate", *command[1:], env=environment_of(etc, "collector"))
+
+
+def test_texts_pass_the_collector_only_if_asked_for(tmp_path: Path) -> None:
+    etc = render(tmp_path, {"capture_content": True})
+    command = program_section(etc, "collector")["command"]
+    assert f"collector-redaction.yaml --config={etc}/collector-capture-content.yaml" in command
+
+
+def test_model_servers_say_their_role_and_model(disaggregated: Path) -> None:
+    for name, role in (("prefill-0", "prefill"), ("decode-1", "decode")):
+        said = environment_of(disaggregated, name)["OTEL_RESOURCE_ATTRIBUTES"]
+        assert said == f"service.instance.id={name},llmtrace.role={role},gen_ai.request.model=smollm2-135m"
+    promoted = read(disaggregated / "prometheus.yaml")["otlp"]["promote_resource_attributes"]
+    assert {"llmtrace.role", "k8s.namespace.name"} <= {*promoted}
 
 
 def test_supervisord_accepts_its_configuration(etc: Path) -> None:
@@ -274,18 +290,6 @@ def test_envoy_propagates_its_own_context_with_llm_ds_picker(tmp_path: Path) -> 
     for manager in managers(etc):
         assert "no_context_propagation" not in manager["tracing"]
     assert program_section(etc, "picker-random")["command"].startswith("/bin/true --pool-name")
-
-
-def test_the_collectors_manifest_has_every_configured_component() -> None:
-    folder = playbook.CHECKOUT / "collector"
-    built = json.dumps(read(folder / "builder.yaml"))
-    wanted = set()
-    for name in ("common", "span-metrics", "local"):
-        config = read(folder / f"{name}.yaml")
-        for kind in ("receivers", "processors", "exporters", "connectors", "extensions"):
-            wanted |= {key.split("/")[0].replace("_", "") for key in config.get(kind, {})}
-    assert wanted
-    assert [name for name in wanted if f"/{name}" not in built] == []
 
 
 @pytest.mark.parametrize(

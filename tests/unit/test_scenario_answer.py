@@ -9,7 +9,7 @@ import pytest
 from example_traces import SCORERS, SERVERS, block_trace, changed, request_trace
 
 from llmtrace.errors import UserError
-from llmtrace.scenarios.facts import Decision, Scorer, read_requests
+from llmtrace.scenarios.facts import Decision, Scorer, read_blocks, read_requests
 from llmtrace.scenarios.prefix_cache.answer import PrefixCacheAnswer, answer
 from llmtrace.scenarios.prefix_cache.routing import missed_decisions, reason
 from llmtrace.traces.model import Trace
@@ -146,6 +146,16 @@ def test_vllms_counters_may_differ_by_one_block_a_request(excess: int, ok: bool)
     (check,) = [c for c in answer("run-1", [*traces, *blocks]).checks if "counters" in c.name]
     assert check.ok is ok
     assert ok or "vllm-0, random, block 1" in check.disagreements[0]
+
+
+@pytest.mark.parametrize("lacking", ["llmtrace.scenario.prefix_cache_hits", "llmtrace.scenario.prefix_cache_queries"])
+def test_a_server_that_lacks_one_of_its_counters_has_none(lacking: str) -> None:
+    whole = block_trace(10_000, "random", 0, 12, (9, 9, 9), (90, 90, 90))
+    damaged = changed(whole, "llmtrace.scenario.block", {lacking: [9]})
+    (block,) = read_blocks([damaged])
+    assert set(block.hits) == set(block.queries) == {"vllm-0"}
+    answered = answer("run-1", [*run_traces(300), damaged])
+    assert [c.ok for c in answered.checks if "counters" in c.name]
 
 
 def scored(prefix: tuple[float, ...], queue: tuple[float, ...]) -> dict[str, tuple[float, float, float]]:

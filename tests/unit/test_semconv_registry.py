@@ -13,6 +13,7 @@ import yaml
 from picking import FLOW_CONTROLLED, Picker, chat, request_body, request_headers
 from prometheus_client import Metric
 
+from grafana.series import series
 from llmtrace.errors import UserError
 from llmtrace.picker.disaggregation import Decision, Reason
 from llmtrace.scenarios.prefix_cache import EXPECTATION, NAME
@@ -255,19 +256,34 @@ def test_the_pickers_metrics_are_declared_with_their_labels(tmp_path: Path) -> N
 
 
 def test_the_collectors_span_metrics_are_declared() -> None:
-    connector = yaml.safe_load((ROOT / "collector" / "span-metrics.yaml").read_text())["connectors"]["spanmetrics"]
-    declared = {m.name: m for m in registry().metrics.values() if m.name.startswith(f"{connector['namespace']}.")}
-    assert declared.keys() == {"llmtrace.span.calls", "llmtrace.span.duration"}
-    own = {dimension["name"] for dimension in connector["dimensions"]}
-    wanted = own | {*connector["resource_metrics_key_attributes"], "span.name", "span.kind", "status.code"}
-    for metric in declared.values():
-        assert metric.attributes.keys() == wanted
-    assert declared["llmtrace.span.duration"].unit == connector["histogram"]["unit"]
+    connectors = yaml.safe_load((ROOT / "collector" / "span-metrics.yaml").read_text())["connectors"]
+    declared = registry().metrics.values()
+    always = {"service.name", "span.name", "span.kind", "status.code", "collector.instance.id"}
+    for connector in connectors.values():
+        space = connector["namespace"]
+        found = {m.name: m for m in declared if m.name == space or m.name.startswith(f"{space}.")}
+        assert found.keys() in ({"llmtrace.span.calls", "llmtrace.span.duration"}, {space})
+        own = {dimension["name"] for dimension in connector["dimensions"]}
+        # Prometheus has the service of the resource, too.
+        wanted = own | always - {*connector.get("exclude_dimensions", ())} | {"service.name"}
+        for metric in found.values():
+            assert metric.attributes.keys() == wanted
+            assert metric.unit == (connector["histogram"]["unit"] if metric.instrument == "histogram" else "{call}")
 
 
 def test_the_metrics_of_vllm_that_the_code_reads_are_declared() -> None:
     read_by_code = {text for path in CODE for text in literals(path) if re.fullmatch(r"vllm:\w+", text)}
-    assert read_by_code == {m.name for m in registry().metrics.values() if m.origin == "vllm"}
+    assert read_by_code <= {m.name for m in registry().metrics.values() if m.origin == "vllm"}
+
+
+def test_scraped_metrics_are_read_by_the_code_a_dashboard_or_an_alert() -> None:
+    dashboards = [*(ROOT / "grafana/generated").glob("*.json"), ROOT / "grafana/alerts/llmtrace.yaml"]
+    read = {text for path in CODE for text in literals(path)}
+    read |= {word for path in dashboards for word in re.findall(r"[\w:]+", path.read_text())}
+    others = ("vllm", "envoy", "prometheus")
+    scraped = [m for m in registry().metrics.values() if m.origin in others or m.name.startswith("otelcol_")]
+    assert scraped
+    assert [m.name for m in scraped if not series(m) & read] == []
 
 
 GOOD: dict[str, Any] = {

@@ -1,0 +1,1 @@
+"""Kubernetes manifests for kustomize, and what checks them."""
