@@ -29,7 +29,7 @@ def drivers(store: TempoClient, decision: DecisionRecord) -> list[Stay]:
     if chosen is None:
         return []
     counted = demand(chosen.query)
-    until_ns, since_ns = decision.time_ns, decision.time_ns - int(decision.window_ms * 1e6)
+    since_ns, until_ns = decision.window
     model = f" && span.{a.TARGET_MODEL} = {json.dumps(counted.model)}" if counted.model else ""
     found = store.search(
         f'{{ name = "{a.ORCHESTRATION_SPAN}"{model} }}',

@@ -84,6 +84,7 @@ class DecisionSpans:
             a.SCALE_STABILIZATION: decision.stabilization,
             a.SCALE_LIMIT: decision.limit,
             a.SCALE_WINDOW: decision.window_ms,
+            a.SCALE_RESOLUTION: decision.resolution_ms or None,
             a.ACCELERATORS: decision.accelerators,
             a.PRICE_PER_HOUR: decision.price_per_hour,
             a.DRIVERS_FOUND: self._found,

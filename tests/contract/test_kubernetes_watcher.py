@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -24,6 +25,7 @@ from scaling import until
 
 from llmtrace.autoscale.kubernetes.api import Api
 from llmtrace.autoscale.kubernetes.controller import Options, Watcher
+from llmtrace.autoscale.kubernetes.leader import Lease
 from llmtrace.autoscale.kubernetes.ledger import State
 from llmtrace.autoscale.kubernetes.progress import Patience
 from llmtrace.errors import UserError
@@ -256,6 +258,29 @@ async def test_a_watcher_whose_state_another_has_written_stops_leading(server, t
         await server.put(STATE, other)
         await scale(server, 1, 2, 1)
         await until(lambda: watcher.registry.get_sample_value("llmtrace_autoscale_leader") == 0, "the end of its term")
+
+
+async def test_a_watcher_that_hung_longer_than_its_lease_lasts_sends_nothing(server, tmp_path, monkeypatch):
+    hangs = asyncio.Event()
+
+    async def never(_: Lease) -> bool:
+        hangs.set()
+        await asyncio.Event().wait()
+        return False
+
+    collector = Collector()
+    async with watching(server, tmp_path, collector) as watcher:
+        await ready(server)
+        monkeypatch.setattr(Lease, "_try", never)
+        await hangs.wait()
+        assert watcher._lease.held
+        monkeypatch.setattr(watcher._lease, "_renewed", -math.inf)
+        assert not watcher._lease.held
+        await scale(server, 1, 2, 1)
+        await server.put(PODS, pod("vllm-b", 1, 2, 3, 4))
+        await until(lambda: '"outcome":"ready"' in state(server), "the replica in the state")
+        await asyncio.sleep(1.5)
+    assert collector.sent == []
 
 
 async def test_a_state_that_cannot_be_read_is_one_sentence(server, tmp_path):

@@ -1,22 +1,19 @@
 """A Kubernetes control plane on loopback: etcd, kube-apiserver, kube-controller-manager, from `make kubernetes`.
 
-With an adapter of the external metrics API and, in place of nodes, a stand-in for scheduler and kubelet that gives pods
-their conditions.
+In place of nodes there is a stand-in for scheduler and kubelet, which gives pods their conditions.
 """
 
 from __future__ import annotations
 
 import datetime
 import ipaddress
-import json
 import os
 import ssl
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +24,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
+from kubernetes_load import Sink, served, startup
 from loopback import until
 
 from bench.processes import free_ports, process
 
 VERSION = "1.34.3"
 NAMESPACE = "llm-d"
-METRICS_PATH = "/apis/external.metrics.k8s.io/v1beta1"
 ADMIN, WATCHER = "admin-token", "watcher-token"
 SYNC_S = 5
 """The HPA controller's period; 15 by default."""
@@ -53,64 +50,17 @@ def stamp(moment: float) -> str:
     return datetime.datetime.fromtimestamp(moment, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-class Adapter:
-    """The external metrics API: one metric, whose value the test sets."""
-
-    def __init__(self, certificate: Path, key: Path) -> None:
-        self.value = 0.0
-        adapter = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                names = self.path.split("?")[0].removeprefix(METRICS_PATH).strip("/").split("/")
-                if len(names) == 3:
-                    body = adapter.values(names[2])
-                else:
-                    body = {
-                        "kind": "APIResourceList",
-                        "apiVersion": "v1",
-                        "groupVersion": METRICS_PATH[6:],
-                        "resources": [],
-                    }
-                text = json.dumps(body).encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate, key)
-        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
-        self.port: int = self._server.server_address[1]
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
-
-    def values(self, name: str) -> Object:
-        item = {
-            "metricName": name,
-            "metricLabels": {},
-            "timestamp": stamp(time.time()),
-            "value": f"{int(self.value * 1000)}m",
-        }
-        return {"kind": "ExternalMetricValueList", "apiVersion": METRICS_PATH[6:], "metadata": {}, "items": [item]}
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
 class Nodes(threading.Thread):
-    """In place of scheduler and kubelet: binds pods, says that images are there, that containers run, that they are
-    ready, and ends them. ``seen`` has what it told of each pod by name, in seconds since the epoch."""
+    """In place of scheduler, kubelet and vLLM: binds pods, says that images are there, that containers run, that they
+    are ready, and ends them; and sends the spans that vLLM would, of its start and of a first request.
 
-    def __init__(self, plane: Plane, step_s: float = 1.2) -> None:
+    ``seen`` has what it told of each pod by name, in seconds since the epoch.
+    """
+
+    def __init__(self, plane: Plane, sink: Sink, step_s: float = 1.2) -> None:
         super().__init__(daemon=True)
         self._plane = plane
+        self._sink = sink
         self._step_s = step_s
         self.seen: dict[str, dict[str, float]] = {}
         self._ended = threading.Event()
@@ -150,6 +100,10 @@ class Nodes(threading.Thread):
             done = self._status(pod, path, {"running": {"startedAt": stamp(now)}}, None), "started"
         elif "ready" not in told:
             done = self._status(pod, path, {"running": {"startedAt": stamp(told["started"])}}, now), "ready"
+            self._sink.send(startup(name, told["started"]))
+        elif "served" not in told:
+            self._sink.send(served(name, told["ready"] + 0.2))
+            done = {}, "served"
         else:
             return
         answer, what = done
@@ -172,13 +126,11 @@ class Nodes(threading.Thread):
 
 @dataclass
 class Plane:
-    """The control plane that runs. ``restart_api`` stops the API server and starts it again."""
+    """The control plane that runs, as its administrator sees it."""
 
     folder: Path
     port: int
     certificate: Path
-    adapter: Adapter
-    processes: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._client = httpx.Client(
@@ -293,8 +245,7 @@ def control_plane(folder: Path) -> Iterator[Running]:
         f'{ADMIN},admin,admin,"system:masters"\n'
         f'{WATCHER},system:serviceaccount:llmtrace:autoscale,watcher,"system:serviceaccounts"\n'
     )
-    adapter = Adapter(cert, folder / "key.pem")
-    plane = Plane(folder, port, cert, adapter)
+    plane = Plane(folder, port, cert)
     etcd = [
         str(binaries() / "etcd"), f"--data-dir={folder / 'etcd'}", "--unsafe-no-fsync", "--log-level=warn",
         f"--listen-client-urls=http://127.0.0.1:{etcd_port}", f"--advertise-client-urls=http://127.0.0.1:{etcd_port}",
@@ -308,7 +259,6 @@ def control_plane(folder: Path) -> Iterator[Running]:
         "--secure-port=0",
     ]  # fmt: skip
     with ExitStack() as stack:
-        stack.callback(adapter.close)
         stack.enter_context(process(etcd, folder / "etcd.log", {}))
         running = Running(plane, etcd_port)
         running.start_api()

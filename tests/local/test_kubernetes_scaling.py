@@ -1,8 +1,10 @@
 """The watcher beside a real HPA controller: its traces agree with what the API server says has happened.
 
 Real: etcd, kube-apiserver, kube-controller-manager (HPA, Deployment, ReplicaSet), authorisation by the Role and
-RoleBinding of manifests/base/autoscale, the watcher as a process, OTLP. In their place: the metric (an adapter of the
-external metrics API, whose value the test sets), and scheduler and kubelet (pods get their conditions from the test).
+RoleBinding of manifests/base/autoscale, Prometheus, the trace store, the watcher as a process, OTLP. Played by the
+test: the picker (so many requests wait, with their traces), the adapter between Prometheus and the external metrics
+API, scheduler, kubelet and vLLM (the test writes the pods' status as a kubelet would, and vLLM's spans; no container
+runs).
 """
 
 from __future__ import annotations
@@ -21,15 +23,20 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from kubernetes_plane import METRICS_PATH, NAMESPACE, WATCHER, Nodes, Plane, Running, control_plane
-from loopback import Receiver, receiving, until
+from example_scaling import REPORTS
+from kubernetes_load import CHATS, QUEUE, Load, Sink
+from kubernetes_metrics import GROUP, Adapter, prometheus_of
+from kubernetes_plane import NAMESPACE, WATCHER, Nodes, Plane, Running, control_plane
+from loopback import Receiver, free_port, receiving, until
+from store_process import start as start_store
 
 from bench.processes import process
+from llmtrace.scenarios.autoscaling.answer import answer
 from llmtrace.semconv import attributes as a
+from llmtrace.traces.demand import stay
 from llmtrace.traces.model import Span, Trace
 
 MANIFESTS = Path(__file__).parents[2] / "manifests" / "base" / "autoscale"
-QUERY_METRIC = "llm_d_epp_flow_control_queue_size"
 HPA = "/apis/autoscaling/v2/namespaces/llm-d/horizontalpodautoscalers/vllm"
 DEPLOYMENT = "/apis/apps/v1/namespaces/llm-d/deployments/vllm"
 WAIT_S = 60
@@ -63,7 +70,7 @@ HPA_OBJECT = {
             {
                 "type": "External",
                 "external": {
-                    "metric": {"name": QUERY_METRIC, "selector": {"matchLabels": {"model_name": "llama"}}},
+                    "metric": {"name": QUEUE, "selector": {"matchLabels": {"model_name": REPORTS}}},
                     "target": {"type": "AverageValue", "averageValue": "1"},
                 },
             }
@@ -111,9 +118,12 @@ class Scene:
     """Everything that runs."""
 
     running: Running
+    load: Load
+    asked: list[float]
     nodes: Nodes
     recorder: Recorder
     receiver: Receiver
+    store: str
     folder: Path
 
     @property
@@ -124,7 +134,8 @@ class Scene:
     def watcher(self, number: int) -> Iterator[Any]:
         command = [
             sys.executable, "-m", "llmtrace.autoscale.kubernetes", f"--kubeconfig={self.plane.kubeconfig(WATCHER)}",
-            f"--namespace={NAMESPACE}", "--own-namespace=llmtrace", f"--identity=watcher-{number}", "--settle=3s",
+            f"--namespace={NAMESPACE}", "--own-namespace=llmtrace", f"--identity=watcher-{number}",
+            f"--store={self.store}", "--sample-age=5s", "--settle=8s", "--first-request-timeout=20s",
             "--lease-duration=4s", "--port=0",
         ]  # fmt: skip
         environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": self.receiver.url}
@@ -139,9 +150,12 @@ class Scene:
         found = self.plane.call("GET", DEPLOYMENT)
         return int(found["spec"]["replicas"]), int(found.get("status", {}).get("readyReplicas", 0))
 
-    def scaled(self, value: float, number: int) -> None:
-        """Set the metric, and wait until so many replicas are ready."""
-        self.plane.adapter.value = value
+    def log(self, number: int) -> str:
+        return (self.folder / f"watcher-{number}.log").read_text()
+
+    def scaled(self, waiting: int, number: int) -> None:
+        """Let so many requests wait, until so many replicas are ready."""
+        self.load.wait(waiting)
         until(lambda: self.replicas() == (number, number), f"{number} replicas", WAIT_S, poll_s=0.2)
 
     def decisions(self) -> list[Trace]:
@@ -159,20 +173,31 @@ def numbers(trace: Trace) -> tuple[int, int]:
     return int(str(told[a.REPLICAS_CURRENT])), int(str(told[a.REPLICAS_DESIRED]))
 
 
-def install(plane: Plane) -> None:
-    """Namespaces, the metric's API, the watcher's permissions, and what is scaled."""
+@contextmanager
+def trace_store(folder: Path) -> Iterator[str]:
+    port = free_port()
+    child = start_store(folder / "traces.duckdb", port)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        child.terminate()
+        child.wait(20)
+
+
+def install(plane: Plane, port: int) -> None:
+    """Namespaces, the metric's API at ``port``, the watcher's permissions, and what is scaled."""
     for name in (NAMESPACE, "llmtrace"):
         plane.call("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
     plane.call("POST", "/api/v1/namespaces/default/services", {
         "metadata": {"name": "metrics"},
-        "spec": {"type": "ExternalName", "externalName": "localhost", "ports": [{"port": plane.adapter.port}]},
+        "spec": {"type": "ExternalName", "externalName": "localhost", "ports": [{"port": port}]},
     })  # fmt: skip
     plane.call("POST", "/apis/apiregistration.k8s.io/v1/apiservices", {
         "metadata": {"name": "v1beta1.external.metrics.k8s.io"},
         "spec": {
             "group": "external.metrics.k8s.io", "version": "v1beta1", "insecureSkipTLSVerify": True,
             "groupPriorityMinimum": 100, "versionPriority": 100,
-            "service": {"namespace": "default", "name": "metrics", "port": plane.adapter.port},
+            "service": {"namespace": "default", "name": "metrics", "port": port},
         },
     })  # fmt: skip
     for path in sorted(MANIFESTS.glob("*-role*.yaml")):
@@ -182,7 +207,7 @@ def install(plane: Plane) -> None:
         )
         plane.call("POST", folder, item)
     until(
-        lambda: plane.call("GET", f"{METRICS_PATH}/namespaces/{NAMESPACE}/{QUERY_METRIC}").get("items"),
+        lambda: plane.call("GET", f"/apis/{GROUP}/namespaces/{NAMESPACE}/{QUEUE}").get("items"),
         "the metric",
         WAIT_S,
     )
@@ -192,36 +217,57 @@ def install(plane: Plane) -> None:
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    """A scaler's work: up, up while nobody watches, down while the API server restarts, up to the limit."""
+    """A scaler's work, and what a watcher may meet.
+
+    Up, while the watcher is killed; up while nobody watches; down while the API server restarts; up to the limit while
+    the watcher that leads hangs and another takes over; down after the first is back and the other is gone.
+    """
     folder = tmp_path_factory.mktemp("kubernetes")
     with ExitStack() as stack:
         running = stack.enter_context(control_plane(folder))
         receiver = stack.enter_context(receiving())
-        install(running.plane)
-        nodes, recorder = Nodes(running.plane), Recorder(running.plane)
+        store = stack.enter_context(trace_store(folder))
+        sink = Sink(store)
+        load = Load(sink)
+        load.start()
+        stack.callback(load.close)
+        client = stack.enter_context(prometheus_of(load.port, folder / "prometheus"))
+        adapter = Adapter(folder / "certificate.pem", folder / "key.pem", client)
+        stack.callback(adapter.close)
+        install(running.plane, adapter.port)
+        nodes, recorder = Nodes(running.plane, sink), Recorder(running.plane)
         for thread in (nodes, recorder):
             thread.start()
             stack.callback(thread.close)
-        found = Scene(running, nodes, recorder, receiver, folder)
+        found = Scene(running, load, adapter.asked, nodes, recorder, receiver, store, folder)
         until(lambda: found.replicas() == (1, 1), "the first replica", WAIT_S, poll_s=0.2)
         with found.watcher(1) as first:
             until(lambda: '"size":1' in found.state(), "the watcher's first look", WAIT_S, poll_s=0.2)
-            running.plane.adapter.value = 2
+            load.wait(2)
             until(lambda: '"desired":2' in found.state(), "a decision in the state", WAIT_S, poll_s=0.05)
             # With a replica that is being started.
             first.send_signal(signal.SIGKILL)
             first.wait()
         found.scaled(2, 2)
         found.scaled(3, 3)
-        with found.watcher(2):
+        with found.watcher(2) as second:
             until(lambda: len(found.decisions()) == 2, "what was missed", WAIT_S, poll_s=0.2)
             running.stop_api()
-            running.plane.adapter.value = 1
+            load.wait(1)
             time.sleep(1)
             running.start_api()
             until(lambda: found.replicas() == (1, 1), "one replica", WAIT_S, poll_s=0.2)
-            until(lambda: len(found.decisions()) >= 3, "the way down", WAIT_S, poll_s=0.2)
-            found.scaled(9, 4)
+            until(lambda: len(found.decisions()) == 3, "the way down", WAIT_S, poll_s=0.2)
+            with found.watcher(3):
+                load.wait(9)
+                until(lambda: '"desired":4' in found.state(), "a decision in the state", WAIT_S, poll_s=0.05)
+                second.send_signal(signal.SIGSTOP)
+                until(lambda: found.replicas() == (4, 4), "four replicas", WAIT_S, poll_s=0.2)
+                until(lambda: len(found.decisions()) == 4, "the other's trace", WAIT_S, poll_s=0.2)
+                second.send_signal(signal.SIGCONT)
+                until(lambda: "leads no longer" in found.log(2), "the end of its term", WAIT_S, poll_s=0.2)
+            found.scaled(2, 2)
+            until(lambda: len(found.decisions()) == 5, "the last trace", WAIT_S, poll_s=0.2)
             until(lambda: '"decisions":[]' in found.state(), "every trace", WAIT_S, poll_s=0.2)
         yield found
 
@@ -229,7 +275,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 @pytest.mark.timeout(420)
 def test_the_traces_are_the_changes_that_the_api_server_made_in_order(scene: Scene):
     assert [numbers(t) for t in scene.decisions()] == [(c.before, c.after) for c in scene.recorder.changes]
-    assert len(scene.recorder.changes) >= 4
+    assert [c.after for c in scene.recorder.changes] == [2, 3, 1, 4, 2]
 
 
 def test_their_times_are_those_of_the_changes_within_a_second(scene: Scene):
@@ -239,15 +285,13 @@ def test_their_times_are_those_of_the_changes_within_a_second(scene: Scene):
 
 
 def test_they_agree_with_the_events_of_the_hpa(scene: Scene):
-    told = {}
+    told = set()
     for event in scene.plane.items("events"):
         if event["reason"] == "SuccessfulRescale":
-            size = int(re.match(r"New size: (\d+)", event["message"])[1])  # type: ignore[index]
-            told[size] = event["message"].partition("reason: ")[2]
-    for trace in scene.decisions():
-        _, desired = numbers(trace)
-        if desired in told:
-            assert root(trace).attributes[a.SCALE_REASON] == told[desired]
+            said = re.fullmatch(r"New size: (\d+); reason: (.*)", event["message"])
+            assert said
+            told.add((int(said[1]), said[2]))
+    assert {(numbers(t)[1], root(t).attributes[a.SCALE_REASON]) for t in scene.decisions()} == told
 
 
 def test_no_span_came_twice(scene: Scene):
@@ -269,14 +313,18 @@ def test_every_pod_has_its_replica_and_its_phases_within_a_second(scene: Scene):
     for name, (trace, replica) in started.items():
         told = scene.nodes.seen[name]
         phases = {s.name: s for s in trace.spans if s.parent_id == replica.span_id}
-        assert replica.attributes[a.OUTCOME] == a.OUTCOME_READY
-        for span, what in (
-            (a.SCHEDULE_SPAN, "scheduled"),
-            (a.IMAGE_PULL_SPAN, "pulled"),
-            (a.CONTAINER_START_SPAN, "started"),
-            (a.READY_SPAN, "ready"),
+        assert replica.attributes[a.OUTCOME] == a.OUTCOME_SERVED
+        # Whole seconds, cut off.
+        for span, what in ((a.SCHEDULE_SPAN, "scheduled"), (a.IMAGE_PULL_SPAN, "pulled"), (a.READY_SPAN, "ready")):
+            assert 0 <= told[what] - phases[span].end_ns / SECOND <= 1.1, (name, what)
+        # vLLM's own spans.
+        for span, time_s in (
+            (a.CONTAINER_START_SPAN, told["started"] + 0.1),
+            (a.MODEL_LOAD_SPAN, told["started"] + 0.15),
+            (a.FIRST_REQUEST_SPAN, told["ready"] + 0.2 + 0.3),
         ):
-            assert abs(phases[span].end_ns / SECOND - told[what]) <= 1.1, (name, what)
+            assert phases[span].end_ns / SECOND == pytest.approx(time_s, abs=0.001), (name, span)
+            assert phases[span].attributes[a.PHASE_SOURCE] == a.SOURCE_SPANS
 
 
 def test_the_way_down_is_the_drain_of_the_pods_that_went(scene: Scene):
@@ -296,14 +344,42 @@ def test_the_way_down_is_the_drain_of_the_pods_that_went(scene: Scene):
 
 
 def test_a_decision_that_was_watched_has_the_metrics_that_drove_it_and_its_limit(scene: Scene):
-    last = scene.decisions()[-1]
-    told = root(last).attributes
-    assert told[a.SCALE_METRIC] == QUERY_METRIC
-    assert told[a.SCALE_QUERY] == f'{QUERY_METRIC}{{model_name="llama"}}'
-    assert told[a.SCALE_VALUE] == pytest.approx(9, abs=0.1)
+    (limited,) = [t for t in scene.decisions() if numbers(t) == (1, 4)]
+    told = root(limited).attributes
+    assert told[a.SCALE_METRIC] == QUEUE
+    assert told[a.SCALE_QUERY] == f'{QUEUE}{{model_name="{REPORTS}"}}'
+    assert told[a.SCALE_VALUE] == pytest.approx(9)
     assert told[a.SCALE_LIMIT] == a.LIMITED_MAX
     assert told[a.REPLICAS_RECOMMENDED] == 9
     assert told[a.ACCELERATORS] == 2.0
+
+
+def test_a_decision_links_to_the_requests_that_the_scaler_had_counted(scene: Scene):
+    requests = {t.trace_id: s for t in scene.load.requests if (s := stay(t))}
+    changes = dict(zip((t.trace_id for t in scene.decisions()), scene.recorder.changes, strict=True))
+    for trace in scene.decisions():
+        if root(trace).attributes[a.REPLICAS_DESIRED] == 3:
+            continue  # Nobody saw its metrics.
+        asked = max(q for q in scene.asked if q < changes[trace.trace_id].time_s)
+        counted = max((s for s in scene.load.scrapes if s[0] < asked), key=lambda s: s[0])[1]
+        linked = {link.trace_id for link in root(trace).links}
+        assert counted <= linked, trace
+        assert counted
+        assert {requests[i].model for i in linked} == {REPORTS}
+
+
+def test_the_answer_finds_what_drove_the_scaler(scene: Scene):
+    traces = [*scene.load.requests, *(scene.receiver.trace(i) for i in scene.receiver.trace_ids())]
+    found = answer("run", traces)
+    assert (found.attribution.precision, found.attribution.recall) == (1.0, 1.0)
+    assert [c.name for c in found.checks if c.disagreements] == []
+    changes = [(d.current, d.desired) for d in found.decisions if d.current != d.desired]
+    assert changes == [(c.before, c.after) for c in scene.recorder.changes]
+    (limited,) = [d for d in found.decisions if (d.current, d.desired) == (1, 4)]
+    assert limited.drivers >= 9
+    kinds = {k.kind: k for k in found.kinds}
+    assert kinds["chats"].requests > CHATS
+    assert kinds["chats"].drivers == 0
 
 
 def test_the_watcher_may_read_what_it_watches_and_change_nothing_of_it(scene: Scene):
@@ -330,4 +406,15 @@ def test_the_watcher_may_read_what_it_watches_and_change_nothing_of_it(scene: Sc
 
 def test_the_watcher_was_refused_nothing(scene: Scene):
     # The second met the restarted API server, which refuses everything until it has read its own permissions.
-    assert "403" not in (scene.folder / "watcher-1.log").read_text()
+    assert "403" not in scene.log(1)
+
+
+def test_what_the_restarted_api_server_no_longer_has_is_listed_again(scene: Scene):
+    assert "changes were missed and are gone" in scene.log(2)
+    assert "changes were missed and are gone" not in scene.log(1)
+
+
+def test_one_watcher_led_at_a_time(scene: Scene):
+    terms = re.findall(r"watcher-2 leads(?: no longer)?", scene.log(2))
+    assert terms == ["watcher-2 leads", "watcher-2 leads no longer", "watcher-2 leads"]
+    assert "watcher-3 leads" in scene.log(3)

@@ -67,6 +67,13 @@ def test_the_drivers_are_those_that_waited_in_the_window() -> None:
     assert found[0].span_id == f"{2:016x}"  # that of gateway.request
 
 
+def test_a_decision_whose_time_is_cut_to_seconds_was_driven_until_its_second_was_over() -> None:
+    kept = store(request(1, 30.4, wait=5), request(2, 31.2, wait=5))
+    assert drivers(kept, record(30, 1, 3, 2.0)) == []
+    found = drivers(kept, record(30, 1, 3, 2.0, resolution_ms=1000.0))
+    assert [int(s.trace_id, 16) for s in found] == [1]
+
+
 def test_a_decision_without_a_metric_has_no_drivers() -> None:
     assert drivers(store(request(1, 10, wait=20)), record(30, 1, 1, None, metric=None)) == []
 

@@ -86,6 +86,21 @@ def test_a_pod_belongs_to_one_decision():
     assert [r.name for r in scene.decision.replicas] == ["vllm-c"]
 
 
+def test_pods_that_were_made_before_the_next_decision_are_found_however_late_one_looks():
+    scene = Scene(1, 2)
+    # Nobody watched: the pod of this decision, that of the next one, and one of much later.
+    scene.cluster.replace(PODS, [pod("vllm-b", 11, 12, 13, 14), pod("vllm-c", 31, 32, 33, 34), pod("vllm-d", 200)])
+    scene.follow(300, later=Known(id="x", time_ns=ns(30), desired=3))
+    assert [(r.name, r.outcome) for r in scene.decision.replicas] == [("vllm-b", a.OUTCOME_READY)]
+
+
+def test_a_decision_that_was_taken_back_before_its_pods_were_made_has_none_of_later_ones():
+    scene = Scene(1, 2)
+    scene.cluster.replace(PODS, [pod("vllm-b", 50, 52, 53, 54)])
+    scene.follow(35, later=Known(id="x", time_ns=ns(30), desired=1))
+    assert scene.decision.replicas == []
+
+
 def test_with_a_store_a_replica_waits_for_its_first_request():
     scene = Scene(1, 2, store=True)
     scene.cluster.replace(PODS, [pod("vllm-b", 11, 14, 20, 50)])

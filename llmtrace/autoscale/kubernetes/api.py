@@ -209,7 +209,9 @@ async def follow(
             failures += 1
             if status == HTTPStatus.GONE or failures % MOST_FAILURES == 0:
                 version = ""
-            if status != HTTPStatus.GONE:
+            if status == HTTPStatus.GONE:
+                _log.info("%s: changes were missed and are gone; all of them are listed again", kind.plural)
+            else:
                 complain(kind.plural, said(cause))
             if status != HTTPStatus.GONE or failures > 1:
                 await sleep(min(2.0 ** min(failures - 1, 10), LONGEST_WAIT_S) * random.uniform(0.5, 1.0))

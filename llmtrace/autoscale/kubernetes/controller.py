@@ -108,7 +108,7 @@ class Watcher:
         """Lead again and again; raises UserError where the state cannot be read."""
         while True:
             await self._lease.acquire()
-            term = Term(self._options, self._api, self._sender, self.metrics, self._tell)
+            term = Term(self._options, self._api, self._lease, self._sender, self.metrics, self._tell)
             lead, hold = asyncio.create_task(term.run()), asyncio.create_task(self._lease.hold())
             self.metrics.leads.set(1)
             try:
@@ -128,9 +128,12 @@ class Watcher:
 class Term:
     """What one leader knows and does while it leads."""
 
-    def __init__(self, options: Options, api: Api, sender: Sender, metrics: Metrics, tell: Complaints) -> None:
+    def __init__(
+        self, options: Options, api: Api, lease: Lease, sender: Sender, metrics: Metrics, tell: Complaints
+    ) -> None:
         self._options = options
         self._api = api
+        self._lease = lease
         self._sender = sender
         self._metrics = metrics
         self._tell = tell
@@ -138,7 +141,6 @@ class Term:
         self.cluster = Cluster()
         self._progress = Progress(self.cluster, options.patience, store=bool(options.store))
         self._asked = 0.0
-        self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Lead until cancelled; raises LostError, UserError, and what the first reading of the state may raise."""
@@ -218,7 +220,7 @@ class Term:
         for decision in [d for d in state.decisions if self._progress.done(d, self._ledger.later(d), now)]:
             if not self._store.holds(decision.id):
                 continue
-            if not await asyncio.to_thread(self._sender.send, decision):
+            if not self._lease.held or not await asyncio.to_thread(self._sender.send, decision):
                 return
             state.decisions.remove(decision)
             await self._save()

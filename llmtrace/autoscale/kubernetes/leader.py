@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from http import HTTPStatus
 
@@ -35,6 +36,12 @@ class Lease:
         self._retry_s = duration_s / 7
         self._seen: tuple[object, object] = (None, None)
         self._seen_at = 0.0
+        self._renewed = -math.inf
+
+    @property
+    def held(self) -> bool:
+        """Whether nobody else can have it yet; not so for a process that was stopped for a while, before it notices."""
+        return time.monotonic() - self._renewed < self._duration_s * 2 / 3
 
     async def acquire(self) -> None:
         """Wait until the lease is held."""
@@ -44,14 +51,11 @@ class Lease:
 
     async def hold(self) -> None:
         """Renew the lease; returns when it is lost."""
-        renewed = time.monotonic()
-        while time.monotonic() - renewed < self._duration_s * 2 / 3:
+        while self.held:
             await asyncio.sleep(self._retry_s)
-            begun = time.monotonic()
-            if await self._try():
-                renewed = begun
-            elif self._seen[0] not in (self._identity, "", None):
+            if not await self._try() and self._seen[0] not in (self._identity, "", None):
                 break
+        self._renewed = -math.inf
         _log.warning("%s leads no longer", self._identity)
 
     async def release(self) -> None:
@@ -66,13 +70,17 @@ class Lease:
             _log.warning("the lease %s cannot be given back: %s", self._name, said(error))
 
     async def _try(self) -> bool:
+        begun = time.monotonic()
         try:
             async with asyncio.timeout(self._duration_s / 2):
-                return await self._take()
+                taken = await self._take()
         except FAULTS as error:
             if not (isinstance(error, ApiException) and error.status == HTTPStatus.CONFLICT):
                 _log.warning("the lease %s cannot be had: %s", self._name, said(error))
             return False
+        if taken:
+            self._renewed = begun
+        return taken
 
     async def _take(self) -> bool:
         """Create, take over or renew the lease; False where another holds it."""

@@ -35,6 +35,7 @@ class Watched(DecisionRecord):
 
     hpa: str
     target: Target
+    resolution_ms: float = 1000.0
     detailed: bool = False
     uids: list[list[str]] = Field(default_factory=list)
 

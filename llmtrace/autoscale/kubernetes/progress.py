@@ -46,8 +46,7 @@ class Progress:
             return
         up = decision.direction == a.SCALE_UP
         there = self._cluster.replicas(decision.target)
-        if not self._given_up(decision, later, now_ns):
-            self._assign(decision, there, taken, up)
+        self._assign(decision, there, taken, up, self._until(decision, later))
         by_uid = {uid: replica for replica in there for uid in replica.uids}
         for record, uids in zip(decision.replicas, decision.uids, strict=False):
             if record.outcome is None:
@@ -76,35 +75,30 @@ class Progress:
 
     # Which replicas.
 
-    def _assign(self, decision: Watched, there: list[Replica], taken: set[str], up: bool) -> None:
-        """Find the replicas that the decision starts or stops: those made or told to end after it."""
+    def _assign(self, decision: Watched, there: list[Replica], taken: set[str], up: bool, until: int) -> None:
+        """Find the replicas that the decision starts or stops: those made or told to end between it and ``until``."""
         since = decision.time_ns - SLACK_NS
         for replica in sorted(there, key=lambda r: (r.created_ns if up else r.deleting_ns or 0, r.name)):
             if len(decision.replicas) >= decision.wanted:
                 return
             time_ns = replica.created_ns if up else replica.deleting_ns or self._cluster.gone_ns(replica.uids)
             own = {f"-{uid}" if not up else uid for uid in replica.uids}
-            late = not up and time_ns is not None and time_ns > since + self._patience.deletion_s * SECOND
-            if time_ns is None or time_ns < since or late or own & taken:
+            if time_ns is None or not since <= time_ns <= until or own & taken:
                 continue
             taken |= own
             started = decision.time_ns if up else max(time_ns, decision.time_ns)
             decision.replicas.append(ReplicaRecord(name=replica.name, up=up, started_ns=started))
             decision.uids.append(sorted(replica.uids))
         if not up:
-            self._assign_unseen(decision, since)
+            self._assign_unseen(decision, since, until)
 
-    def _assign_unseen(self, decision: Watched, since: int) -> None:
+    def _assign_unseen(self, decision: Watched, since: int, until: int) -> None:
         """Pods that went while nobody watched: events have their names and when they were told to end."""
         seen = {r.name for r in decision.replicas}
         for name, time_ns in self._cluster.deletions(decision.target):
             if len(decision.replicas) >= decision.wanted:
                 return
-            if (
-                name in seen
-                or not since <= time_ns <= since + self._patience.deletion_s * SECOND
-                or self._there(decision, name)
-            ):
+            if name in seen or not since <= time_ns <= until or self._there(decision, name):
                 continue
             record = ReplicaRecord(name=name, up=False, started_ns=max(time_ns, decision.time_ns))
             record.phase(a.DRAIN_SPAN, time_ns, a.SOURCE_EVENTS)
@@ -115,13 +109,16 @@ class Progress:
     def _there(self, decision: Watched, name: str) -> bool:
         return any(name in {p.name for p in r.pods} for r in self._cluster.replicas(decision.target))
 
-    def _given_up(self, decision: Watched, later: Known | None, now_ns: int) -> bool:
-        """Whether no more replicas of this decision will come."""
+    def _until(self, decision: Watched, later: Known | None) -> int:
+        """Until when replicas of this decision may come."""
         patience = self._patience
         longest = patience.ready_s if decision.direction == a.SCALE_UP else patience.deletion_s
-        if now_ns > decision.time_ns + longest * SECOND:
-            return True
-        return later is not None and now_ns > later.time_ns + patience.overtaken_s * SECOND
+        until = decision.time_ns + int(longest * SECOND)
+        return until if later is None else min(until, later.time_ns + int(patience.overtaken_s * SECOND))
+
+    def _given_up(self, decision: Watched, later: Known | None, now_ns: int) -> bool:
+        """Whether no more replicas of this decision will come."""
+        return now_ns > self._until(decision, later)
 
     def _complete(self, decision: Watched, later: Known | None, now_ns: int) -> None:
         """Say of replicas that never came why, where nothing took them back."""
