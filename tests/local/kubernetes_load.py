@@ -15,10 +15,12 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import GaugeMetricFamily
 
 from llmtrace.semconv import attributes as a
+from llmtrace.traces.demand import stay
 from llmtrace.traces.model import Span, Trace
 from llmtrace.traces.otlp import encode
 
-QUEUE = "llm_d_epp_flow_control_queue_size"
+NAMESPACE = "llm-d"
+QUEUE, RUNNING = "llm_d_epp_flow_control_queue_size", "llm_d_epp_request_running"
 MODELS = {"reports": REPORTS, "chats": MODEL}
 CHATS = 5
 LONGEST_S, RUN_S = 4.0, 0.5
@@ -67,13 +69,17 @@ class Load(threading.Thread):
             self._turn(time.time())
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        family = GaugeMetricFamily(QUEUE, "Requests that wait.", labels=["model_name"])
+        labels = ["namespace", "model_name"]
+        waiting = GaugeMetricFamily(QUEUE, "Requests that wait.", labels=labels)
+        running = GaugeMetricFamily(RUNNING, "Requests that run.", labels=labels)
         with self._lock:
             for kind, model in MODELS.items():
-                family.add_metric([model], len(self._waiting[kind]))
+                waiting.add_metric([NAMESPACE, model], len(self._waiting[kind]))
+                run = sum((s := stay(t)) is not None and s.model == model for _, t in self._running)
+                running.add_metric([NAMESPACE, model], run)
             reports = frozenset(f"{number:032x}" for number, _ in self._waiting["reports"])
             self.scrapes.append((time.time(), reports))
-        yield family
+        yield from (waiting, running)
 
     def run(self) -> None:
         while not self._ended.wait(0.1):

@@ -6,13 +6,13 @@ import json
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import httpx
 from kubernetes_load import QUEUE
@@ -25,15 +25,15 @@ Object = dict[str, Any]
 
 
 class Adapter:
-    """The external metrics API over Prometheus: the sum of a metric's series that the selector selects, as of now.
+    """The external metrics API: of each metric its query's value, which Prometheus says.
 
-    In place of KEDA's or another adapter: of the API it has what the HPA controller asks for. ``asked`` is when it was
-    asked for a value, in seconds since the epoch.
+    In place of KEDA's: of the API it has what the HPA controller asks for. ``asked`` is when it was asked for a value,
+    in seconds since the epoch.
     """
 
-    def __init__(self, certificate: Path, key: Path, client: httpx.Client) -> None:
+    def __init__(self, certificate: Path, key: Path, client: httpx.Client, queries: Mapping[str, str]) -> None:
         self.asked: list[float] = []
-        self._prometheus = client
+        self._prometheus, self._queries = client, queries
         adapter = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -58,16 +58,12 @@ class Adapter:
         self._thread.start()
 
     def answer(self, address: str) -> tuple[int, Object]:
-        url = urlsplit(address)
-        names = url.path.removeprefix(f"/apis/{GROUP}").strip("/").split("/")
+        names = urlsplit(address).path.removeprefix(f"/apis/{GROUP}").strip("/").split("/")
         if len(names) != 3:
             return 200, {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": GROUP, "resources": []}
         self.asked.append(time.time())
-        selector = parse_qs(url.query).get("labelSelector", [""])[0]
-        labels = [part.partition("=") for part in selector.split(",") if part]
-        matchers = ",".join(f"{key}={json.dumps(value)}" for key, _, value in labels)
         try:
-            answer = self._prometheus.get("/api/v1/query", params={"query": f"sum({names[2]}{{{matchers}}})"})
+            answer = self._prometheus.get("/api/v1/query", params={"query": self._queries[names[2]]})
             found = [float(series["value"][1]) for series in answer.raise_for_status().json()["data"]["result"]]
         except httpx.HTTPError as error:
             return 503, {"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": str(error), "code": 503}

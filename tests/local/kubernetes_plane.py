@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-import os
 import ssl
 import threading
 import time
@@ -24,13 +23,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
-from kubernetes_load import Sink, served, startup
+from deployed import CACHE
+from kubernetes_load import NAMESPACE, Sink, served, startup
 from loopback import until
 
 from bench.processes import free_ports, process
 
-VERSION = "1.34.3"
-NAMESPACE = "llm-d"
+VARIABLES = Path(__file__).parents[2] / "playbooks" / "inventories" / "local" / "group_vars" / "all.yml"
 ADMIN, WATCHER = "admin-token", "watcher-token"
 SYNC_S = 5
 """The HPA controller's period; 15 by default."""
@@ -40,10 +39,11 @@ Object = dict[str, Any]
 
 
 def binaries() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmtrace-kit" / "kubernetes" / VERSION
-    if not (cache / "kube-apiserver").exists():
-        pytest.fail(f"there is no control plane in {cache}: run `make kubernetes`")
-    return cache
+    version = yaml.safe_load(VARIABLES.read_text())["kubernetes_version"]
+    folder = CACHE / "kubernetes" / version
+    if not folder.exists():
+        pytest.fail(f"there is no control plane in {folder}: run `make kubernetes`")
+    return folder
 
 
 def stamp(moment: float) -> str:

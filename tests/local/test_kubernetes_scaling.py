@@ -1,10 +1,10 @@
 """The watcher beside a real HPA controller: its traces agree with what the API server says has happened.
 
 Real: etcd, kube-apiserver, kube-controller-manager (HPA, Deployment, ReplicaSet), authorisation by the Role and
-RoleBinding of manifests/base/autoscale, Prometheus, the trace store, the watcher as a process, OTLP. Played by the
-test: the picker (so many requests wait, with their traces), the adapter between Prometheus and the external metrics
-API, scheduler, kubelet and vLLM (the test writes the pods' status as a kubelet would, and vLLM's spans; no container
-runs).
+RoleBinding of manifests/base/autoscale, the ScaledObject of manifests/scenarios/autoscaling, Prometheus, the trace
+store, the watcher as a process, OTLP. Played by the test: the picker (so many requests wait, with their traces), KEDA
+(its HPA, and the external metrics API), scheduler, kubelet and vLLM (the test writes the pods' status as a kubelet
+would, and vLLM's spans; no container runs).
 """
 
 from __future__ import annotations
@@ -36,16 +36,19 @@ from llmtrace.semconv import attributes as a
 from llmtrace.traces.demand import stay
 from llmtrace.traces.model import Span, Trace
 
-MANIFESTS = Path(__file__).parents[2] / "manifests" / "base" / "autoscale"
-HPA = "/apis/autoscaling/v2/namespaces/llm-d/horizontalpodautoscalers/vllm"
-DEPLOYMENT = "/apis/apps/v1/namespaces/llm-d/deployments/vllm"
+MANIFESTS = Path(__file__).parents[2] / "manifests"
+NAME = "model-server"
+HPA = f"/apis/autoscaling/v2/namespaces/{NAMESPACE}/horizontalpodautoscalers"
+DEPLOYMENT = f"/apis/apps/v1/namespaces/{NAMESPACE}/deployments"
+SCALED_OBJECT = f"/apis/keda.sh/v1alpha1/namespaces/{NAMESPACE}/scaledobjects"
 WAIT_S = 60
 SECOND = 10**9
+pytestmark = pytest.mark.timeout(420)
 
 DEPLOYMENT_OBJECT = {
     "apiVersion": "apps/v1",
     "kind": "Deployment",
-    "metadata": {"name": "vllm", "namespace": NAMESPACE},
+    "metadata": {"name": NAME, "namespace": NAMESPACE},
     "spec": {
         "replicas": 1,
         "selector": {"matchLabels": {"app": "vllm"}},
@@ -58,25 +61,74 @@ DEPLOYMENT_OBJECT = {
         },
     },
 }
-HPA_OBJECT = {
-    "apiVersion": "autoscaling/v2",
-    "kind": "HorizontalPodAutoscaler",
-    "metadata": {"name": "vllm", "namespace": NAMESPACE},
+# What it may hold is looked at by manifests.checks.
+DEFINITION = {
+    "apiVersion": "apiextensions.k8s.io/v1",
+    "kind": "CustomResourceDefinition",
+    "metadata": {"name": "scaledobjects.keda.sh"},
     "spec": {
-        "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": "vllm"},
-        "minReplicas": 1,
-        "maxReplicas": 4,
-        "metrics": [
+        "group": "keda.sh",
+        "scope": "Namespaced",
+        "names": {"plural": "scaledobjects", "kind": "ScaledObject"},
+        "versions": [
             {
-                "type": "External",
-                "external": {
-                    "metric": {"name": QUEUE, "selector": {"matchLabels": {"model_name": REPORTS}}},
-                    "target": {"type": "AverageValue", "averageValue": "1"},
-                },
+                "name": "v1alpha1",
+                "served": True,
+                "storage": True,
+                "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}},
             }
         ],
     },
 }
+
+
+def scaled_object() -> dict[str, Any]:
+    """The scenario's ScaledObject, for the load's model, with fewer replicas and shorter times."""
+    text = (MANIFESTS / "scenarios" / "autoscaling" / "modelServer-scaledObject.yaml").read_text()
+    found: dict[str, Any] = yaml.safe_load(text.replace("Qwen3-32B", REPORTS))
+    found["spec"]["maxReplicaCount"] = 4
+    behavior = found["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    behavior["scaleDown"]["stabilizationWindowSeconds"] = 5
+    behavior["scaleUp"]["policies"] = [{"type": "Pods", "value": 4, "periodSeconds": 15}]
+    return found
+
+
+def keda_metrics(scaled: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The triggers, with the names that KEDA gives their metrics."""
+    return [(f"s{number}-prometheus", trigger) for number, trigger in enumerate(scaled["spec"]["triggers"])]
+
+
+def keda_hpa(scaled: dict[str, Any]) -> dict[str, Any]:
+    """The HPA that KEDA's operator makes of a ScaledObject (keda/controllers/keda/hpa.go)."""
+    spec, name = scaled["spec"], scaled["metadata"]["name"]
+    selector = {"matchLabels": {"scaledobject.keda.sh/name": name}}
+    about = {key: scaled[key] for key in ("apiVersion", "kind")} | {"name": name, "uid": scaled["metadata"]["uid"]}
+    metrics = [
+        {
+            "type": "External",
+            "external": {
+                "metric": {"name": metric, "selector": selector},
+                "target": {"type": "AverageValue", "averageValue": trigger["metadata"]["threshold"]},
+            },
+        }
+        for metric, trigger in keda_metrics(scaled)
+    ]
+    return {
+        "apiVersion": "autoscaling/v2",
+        "kind": "HorizontalPodAutoscaler",
+        "metadata": {
+            "name": spec["advanced"]["horizontalPodAutoscalerConfig"]["name"],
+            "namespace": NAMESPACE,
+            "ownerReferences": [about | {"controller": True, "blockOwnerDeletion": True}],
+        },
+        "spec": {
+            "scaleTargetRef": spec["scaleTargetRef"],
+            "minReplicas": spec["minReplicaCount"],
+            "maxReplicas": spec["maxReplicaCount"],
+            "metrics": metrics,
+            "behavior": spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"],
+        },
+    }
 
 
 @dataclass(frozen=True)
@@ -101,7 +153,7 @@ class Recorder(threading.Thread):
         last: int | None = None
         while not self._ended.wait(0.1):
             try:
-                now = int(self._plane.call("GET", DEPLOYMENT)["spec"]["replicas"])
+                now = int(self._plane.call("GET", f"{DEPLOYMENT}/{NAME}")["spec"]["replicas"])
             except (httpx.HTTPError, KeyError):
                 continue
             if last is not None and now != last:
@@ -147,7 +199,7 @@ class Scene:
         return str(found.get("data", {}).get("state.json", ""))
 
     def replicas(self) -> tuple[int, int]:
-        found = self.plane.call("GET", DEPLOYMENT)
+        found = self.plane.call("GET", f"{DEPLOYMENT}/{NAME}")
         return int(found["spec"]["replicas"]), int(found.get("status", {}).get("readyReplicas", 0))
 
     def log(self, number: int) -> str:
@@ -184,7 +236,7 @@ def trace_store(folder: Path) -> Iterator[str]:
         child.wait(20)
 
 
-def install(plane: Plane, port: int) -> None:
+def install(plane: Plane, port: int, scaled: dict[str, Any]) -> None:
     """Namespaces, the metric's API at ``port``, the watcher's permissions, and what is scaled."""
     for name in (NAMESPACE, "llmtrace"):
         plane.call("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
@@ -200,19 +252,21 @@ def install(plane: Plane, port: int) -> None:
             "service": {"namespace": "default", "name": "metrics", "port": port},
         },
     })  # fmt: skip
-    for path in sorted(MANIFESTS.glob("*-role*.yaml")):
+    for path in sorted((MANIFESTS / "base" / "autoscale").glob("*-role*.yaml")):
         item = yaml.safe_load(path.read_text())
         folder = (
             f"/apis/rbac.authorization.k8s.io/v1/namespaces/{item['metadata']['namespace']}/{item['kind'].lower()}s"
         )
         plane.call("POST", folder, item)
     until(
-        lambda: plane.call("GET", f"/apis/{GROUP}/namespaces/{NAMESPACE}/{QUEUE}").get("items"),
+        lambda: plane.call("GET", f"/apis/{GROUP}/namespaces/{NAMESPACE}/s0-prometheus").get("items"),
         "the metric",
         WAIT_S,
     )
-    plane.call("POST", DEPLOYMENT.removesuffix("/vllm"), DEPLOYMENT_OBJECT)
-    plane.call("POST", HPA.removesuffix("/vllm"), HPA_OBJECT)
+    plane.call("POST", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", DEFINITION)
+    until(lambda: plane.call("GET", SCALED_OBJECT).get("kind") == "ScaledObjectList", "ScaledObjects", WAIT_S)
+    plane.call("POST", DEPLOYMENT, DEPLOYMENT_OBJECT)
+    plane.call("POST", HPA, keda_hpa(plane.call("POST", SCALED_OBJECT, scaled)))
 
 
 @pytest.fixture(scope="module")
@@ -232,9 +286,11 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         load.start()
         stack.callback(load.close)
         client = stack.enter_context(prometheus_of(load.port, folder / "prometheus"))
-        adapter = Adapter(folder / "certificate.pem", folder / "key.pem", client)
+        scaled = scaled_object()
+        queries = {metric: trigger["metadata"]["query"] for metric, trigger in keda_metrics(scaled)}
+        adapter = Adapter(folder / "certificate.pem", folder / "key.pem", client, queries)
         stack.callback(adapter.close)
-        install(running.plane, adapter.port)
+        install(running.plane, adapter.port, scaled)
         nodes, recorder = Nodes(running.plane, sink), Recorder(running.plane)
         for thread in (nodes, recorder):
             thread.start()
@@ -272,7 +328,6 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         yield found
 
 
-@pytest.mark.timeout(420)
 def test_the_traces_are_the_changes_that_the_api_server_made_in_order(scene: Scene):
     assert [numbers(t) for t in scene.decisions()] == [(c.before, c.after) for c in scene.recorder.changes]
     assert [c.after for c in scene.recorder.changes] == [2, 3, 1, 4, 2]
@@ -346,8 +401,9 @@ def test_the_way_down_is_the_drain_of_the_pods_that_went(scene: Scene):
 def test_a_decision_that_was_watched_has_the_metrics_that_drove_it_and_its_limit(scene: Scene):
     (limited,) = [t for t in scene.decisions() if numbers(t) == (1, 4)]
     told = root(limited).attributes
-    assert told[a.SCALE_METRIC] == QUEUE
-    assert told[a.SCALE_QUERY] == f'{QUEUE}{{model_name="{REPORTS}"}}'
+    assert (told[a.SCALER_KIND], told[a.SCALER_NAME]) == ("ScaledObject", f"{NAMESPACE}/{NAME}")
+    assert told[a.SCALE_METRIC] == "queue"
+    assert told[a.SCALE_QUERY] == f'sum({QUEUE}{{namespace="{NAMESPACE}",model_name="{REPORTS}"}})'
     assert told[a.SCALE_VALUE] == pytest.approx(9)
     assert told[a.SCALE_LIMIT] == a.LIMITED_MAX
     assert told[a.REPLICAS_RECOMMENDED] == 9
