@@ -174,8 +174,11 @@ class Plane:
         return path
 
     def ready(self) -> bool:
+        return self.serves("/readyz")
+
+    def serves(self, path: str) -> bool:
         try:
-            return self._client.get("/readyz").status_code == 200
+            return self._client.get(path).status_code == 200
         except httpx.HTTPError:
             return False
 

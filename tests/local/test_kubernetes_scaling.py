@@ -258,13 +258,9 @@ def install(plane: Plane, port: int, scaled: dict[str, Any]) -> None:
             f"/apis/rbac.authorization.k8s.io/v1/namespaces/{item['metadata']['namespace']}/{item['kind'].lower()}s"
         )
         plane.call("POST", folder, item)
-    until(
-        lambda: plane.call("GET", f"/apis/{GROUP}/namespaces/{NAMESPACE}/s0-prometheus").get("items"),
-        "the metric",
-        WAIT_S,
-    )
+    until(lambda: plane.serves(f"/apis/{GROUP}/namespaces/{NAMESPACE}/s0-prometheus"), "the metric", WAIT_S, poll_s=0.2)
     plane.call("POST", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", DEFINITION)
-    until(lambda: plane.call("GET", SCALED_OBJECT).get("kind") == "ScaledObjectList", "ScaledObjects", WAIT_S)
+    until(lambda: plane.serves(SCALED_OBJECT), "ScaledObjects", WAIT_S, poll_s=0.2)
     plane.call("POST", DEPLOYMENT, DEPLOYMENT_OBJECT)
     plane.call("POST", HPA, keda_hpa(plane.call("POST", SCALED_OBJECT, scaled)))
 
