@@ -88,6 +88,7 @@ async def test_a_burst_starts_replicas_and_calm_stops_them(stand: Stand) -> None
     assert stopped["vllm-1"].attributes[a.OUTCOME] == a.OUTCOME_DRAINED
     assert stopped["vllm-2"].attributes[a.OUTCOME] == a.OUTCOME_CUT
     (drain,) = down.children(stopped["vllm-2"])
+    assert drain.attributes[a.PHASE_SOURCE] == a.SOURCE_PROBE
     assert (drain.attributes[a.DRAIN_RUNNING], drain.attributes[a.DRAIN_CUT]) == (3, 3)
     assert check(stand.traces()).findings == []
 

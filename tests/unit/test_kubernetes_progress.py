@@ -195,6 +195,7 @@ def test_a_stop_is_the_time_from_the_order_to_the_end_of_the_containers():
     scene.cluster.change(PODS, "MODIFIED", pod("vllm-b", -50, -40, -30, None, deleted=11, ended=25))
     scene.follow(26)
     assert (scene.decision.replicas[0].outcome, phases(scene.decision)) == (a.OUTCOME_DRAINED, {"drain": (11, 25)})
+    assert [p.source for p in scene.decision.replicas[0].phases] == [a.SOURCE_CONDITIONS]
 
 
 def test_a_container_that_had_to_be_killed_is_cut():
@@ -213,6 +214,7 @@ def test_a_pod_whose_end_was_not_seen_took_no_longer_than_it_may():
     (record,) = scene.decision.replicas
     assert record.outcome == a.OUTCOME_DRAINED
     assert record.ended_ns == ns(11 + 30 + 1)
+    assert [p.source for p in record.phases] == [a.SOURCE_PROBE]
 
 
 def test_pods_that_went_while_nobody_watched_are_known_by_events():

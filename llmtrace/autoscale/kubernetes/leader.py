@@ -37,6 +37,7 @@ class Lease:
         self._seen: tuple[object, object] = (None, None)
         self._seen_at = 0.0
         self._renewed = -math.inf
+        self._failure = ""
 
     @property
     def held(self) -> bool:
@@ -75,9 +76,12 @@ class Lease:
             async with asyncio.timeout(self._duration_s / 2):
                 taken = await self._take()
         except FAULTS as error:
-            if not (isinstance(error, ApiException) and error.status == HTTPStatus.CONFLICT):
-                _log.warning("the lease %s cannot be had: %s", self._name, said(error))
+            why = "" if isinstance(error, ApiException) and error.status == HTTPStatus.CONFLICT else said(error)
+            if why and why != self._failure:
+                _log.warning("the lease %s cannot be had: %s", self._name, why)
+            self._failure = why or self._failure
             return False
+        self._failure = ""
         if taken:
             self._renewed = begun
         return taken

@@ -207,7 +207,7 @@ class Progress:
             # A pod that is gone had the time that it was given, no more.
             end_ns = min(end_ns, max(record.started_ns + max(p.grace_ns for p in replica.pods) + SECOND, 0))
         killed = replica is not None and any(p.killed for p in replica.pods)
-        record.phase(a.DRAIN_SPAN, end_ns, a.SOURCE_CONDITIONS)
+        record.phase(a.DRAIN_SPAN, end_ns, a.SOURCE_PROBE if ended is None else a.SOURCE_CONDITIONS)
         record.end(a.OUTCOME_CUT if killed else a.OUTCOME_DRAINED, end_ns)
 
 
