@@ -249,12 +249,14 @@ async def test_a_supervisord_that_is_away_for_a_while(stand: Stand) -> None:
 
 async def test_the_first_replicas_are_no_decision(stand: Stand) -> None:
     """Those that the stack starts beside the scaler, and those that it does not."""
-    stand.replicas["vllm-0"].healthy = False
+    for name in ("vllm-0", "vllm-1"):
+        stand.replicas[name].healthy = False
     scaler = stand.scaler(minReplicaCount=2)
     await scaler.begin()
     await scaler.tick()
     assert stand.listed() == []
-    stand.replicas["vllm-0"].healthy = True
+    for name in ("vllm-0", "vllm-1"):
+        stand.replicas[name].healthy = True
     await until(lambda: scaler.fleet.serving == {"vllm-0", "vllm-1"}, "both replicas")
     await scaler.tick()
     assert stand.listed() == ["vllm-0", "vllm-1"]
