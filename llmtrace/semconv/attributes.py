@@ -77,8 +77,8 @@ LIMITED_MIN = "TooFewReplicas"
 SCALE_WINDOW = "llmtrace.autoscale.window_ms"
 """How old the samples could be that the metric was made of; requests of this time before the decision drove it."""
 SCALE_RESOLUTION = "llmtrace.autoscale.resolution_ms"
-"""How much later than the span's start the decision may have been taken, where its time is not exact; Kubernetes has
-whole seconds."""
+"""How much later than the span's start it may have been taken, where the time is not exact; Kubernetes has whole
+seconds."""
 DRIVERS_FOUND = "llmtrace.autoscale.drivers.found"
 """Requests that the metric counted in this time, as far as their traces were in the store."""
 DRIVERS_LINKED = "llmtrace.autoscale.drivers.linked"
