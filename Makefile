@@ -8,7 +8,7 @@ UV_VERSION := 0.13.9
 UV ?= $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 RUN := $(UV) run --frozen --all-extras --all-groups --no-sync
 
-.PHONY: help demo up down check format generate test test-unit test-local bench bench-overhead
+.PHONY: help demo up down check format generate test test-unit test-local kubernetes bench bench-overhead
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -47,11 +47,14 @@ check: .venv/.synced ## Lint, types, playbooks, shell (no stack needed)
 test-unit: .venv/.synced ## Unit and contract tests only (seconds)
 	$(RUN) pytest tests/unit tests/contract
 
-test-local: .venv/.synced ## Tests against the real local stack (stands it up first)
+kubernetes: .venv/.synced ## Build the control plane that tests run: etcd, kube-apiserver, kube-controller-manager (minutes, once)
+	@$(RUN) ansible-playbook playbooks/kubernetes.yml
+
+test-local: kubernetes ## Tests against the real local stack (stands it up first)
 	$(RUN) llmtrace up
 	$(RUN) pytest tests/local
 
-test: check ## Everything that CI runs
+test: check kubernetes ## Everything that CI runs
 	$(RUN) llmtrace up
 	$(RUN) pytest tests
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 
 SHUTDOWN_S = 5.0
 NO_PROXY = (("grpc.enable_http_proxy", 0),)
@@ -19,10 +19,11 @@ ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_
 
 @dataclass(frozen=True)
 class Tracing:
-    """A tracer provider and the processor that exports its spans; None where nothing is exported."""
+    """A tracer provider, the processor that exports its spans, and what it exports with; None where nothing is."""
 
     provider: TracerProvider
     processor: SpanProcessor | None
+    exporter: SpanExporter | None = None
 
     def shutdown(self, timeout_s: float = SHUTDOWN_S) -> None:
         """Export what is queued, within ``timeout_s``: a collector that is not there must not hold up the end."""
@@ -52,6 +53,7 @@ def setup_tracing(
         return Tracing(provider, None)
     endpoint = None if any(os.environ.get(name) for name in ENDPOINT_VARIABLES) else default_endpoint
     insecure = True if endpoint and endpoint.startswith("http://") else None
-    processor = BatchSpanProcessor(exporter(endpoint=endpoint, insecure=insecure, channel_options=NO_PROXY))  # type: ignore[arg-type]  # gRPC wants an int
+    made = exporter(endpoint=endpoint, insecure=insecure, channel_options=NO_PROXY)  # type: ignore[arg-type]  # gRPC wants an int
+    processor = BatchSpanProcessor(made)
     provider.add_span_processor(processor)
-    return Tracing(provider, processor)
+    return Tracing(provider, processor, made)

@@ -28,12 +28,12 @@ def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @contextmanager
-def prometheus(folder: Path) -> Iterator[httpx.Client]:
+def prometheus(folder: Path, settings: str = CONFIGURATION) -> Iterator[httpx.Client]:
     """A client of a running Prometheus whose data is in ``folder``; the test is skipped where it is not installed."""
     binary = program("prometheus/*/prometheus")
     port = free_port()
     configuration = folder / "prometheus.yaml"
-    configuration.write_text(CONFIGURATION)
+    configuration.write_text(settings)
     process = subprocess.Popen(
         [
             binary,

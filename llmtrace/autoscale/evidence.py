@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 from llmtrace.autoscale.record import DecisionRecord, Phase, ReplicaRecord
 from llmtrace.semconv import attributes as a
 from llmtrace.traces.demand import Stay, demand, stay
-from llmtrace.traces.model import Span
+from llmtrace.traces.model import Span, Trace
 from llmtrace.traces.tempo import TempoClient
 
 LONGEST_S = 600
 """Requests that began longer before a decision are not looked for."""
 MOST_READ = 500
 MOST_LINKS = 32
+MOST_FIRST = 8
+FIRST_STEP_S = 15
+"""A replica's first request is looked for in steps of this many seconds: a search gives the newest."""
 
 
 def drivers(store: TempoClient, decision: DecisionRecord) -> list[Stay]:
@@ -25,7 +29,7 @@ def drivers(store: TempoClient, decision: DecisionRecord) -> list[Stay]:
     if chosen is None:
         return []
     counted = demand(chosen.query)
-    until_ns, since_ns = decision.time_ns, decision.time_ns - int(decision.window_ms * 1e6)
+    since_ns, until_ns = decision.window
     model = f" && span.{a.TARGET_MODEL} = {json.dumps(counted.model)}" if counted.model else ""
     found = store.search(
         f'{{ name = "{a.ORCHESTRATION_SPAN}"{model} }}',
@@ -50,7 +54,7 @@ def refine(store: TempoClient, replica: ReplicaRecord) -> None:
     if not replica.up or ready is None:
         return
     found = store.search(
-        f'{{ name = "{a.VLLM_CORE_SPAN}" && resource.service.instance.id = {json.dumps(replica.name)} }}',
+        f'{{ name = "{a.VLLM_CORE_SPAN}" && {_of(replica)} }}',
         start_s=replica.started_ns // 10**9 - 1,
         end_s=ready.end_ns // 10**9 + 1,
         limit=1,
@@ -63,8 +67,51 @@ def refine(store: TempoClient, replica: ReplicaRecord) -> None:
         _replace(replica, ready, loading, core)
 
 
+def first_token(store: TempoClient, replica: ReplicaRecord, within_s: float) -> int | None:
+    """When a replica that is ready gave its first token, in nanoseconds since the epoch, by vLLM's own spans.
+
+    None where the store has no request of it that began within ``within_s`` seconds after. Raises UserError from the
+    store.
+    """
+    ready_ns = next(p.end_ns for p in replica.phases if p.name == a.READY_SPAN)
+    step_ns = int(FIRST_STEP_S * 1e9)
+    until_ns = ready_ns + int(within_s * 1e9)
+    for since_ns in range(ready_ns, until_ns, step_ns):
+        found = store.search(
+            f'{{ name = "{a.SERVER_SPAN}" && {_of(replica)} }}',
+            start_s=since_ns // 10**9,
+            end_s=(since_ns + step_ns) // 10**9 + 1,
+            limit=MOST_READ,
+        )
+        first = sorted(found, key=lambda s: s.start_ns)[:MOST_FIRST]
+        traces = [trace for summary in first if (trace := store.trace(summary.trace_id)) is not None]
+        if tokens := [t for trace in traces for t in _first_tokens(trace, replica)]:
+            return max(min(tokens), ready_ns)
+    return None
+
+
+def _first_tokens(trace: Trace, replica: ReplicaRecord) -> Iterator[int]:
+    """When each of the replica's requests in a trace gave its first token."""
+    for span in trace.spans:
+        waited = span.attributes.get(a.VLLM_TTFT)
+        own = replica.name in (span.instance, span.resource.get("k8s.pod.name"))
+        if span.name == a.SERVER_SPAN and own and isinstance(waited, int | float):
+            yield span.start_ns + int(waited * 1e9)
+
+
+def _of(replica: ReplicaRecord) -> str:
+    """A condition on the spans of a replica: a local server's name is its instance's, in a cluster it is the pod's."""
+    name = json.dumps(replica.name)
+    return f"(resource.service.instance.id = {name} || resource.k8s.pod.name = {name})"
+
+
 def _replace(replica: ReplicaRecord, ready: Phase, loading: Span, core: Span) -> None:
-    times = (replica.started_ns, loading.start_ns, core.end_ns, ready.end_ns)
+    number = next((n for n, p in enumerate(replica.phases) if p.name == a.CONTAINER_START_SPAN), None)
+    if number is None:
+        return
+    # In a cluster, a pod was scheduled before.
+    before = replica.phases[:number]
+    times = (replica.phases[number].start_ns, loading.start_ns, core.end_ns, ready.end_ns)
     if list(times) != sorted(times):
         return  # Clocks that differ, or the spans of another start.
     rest = [p for p in replica.phases if p.name == a.FIRST_REQUEST_SPAN]
@@ -73,4 +120,4 @@ def _replace(replica: ReplicaRecord, ready: Phase, loading: Span, core: Span) ->
         Phase(name=name, start_ns=start, end_ns=end, source=a.SOURCE_SPANS)
         for name, start, end in zip(names, times, times[1:], strict=False)
     ]
-    replica.phases = [*own, ready.model_copy(update={"start_ns": core.end_ns}), *rest]
+    replica.phases = [*before, *own, ready.model_copy(update={"start_ns": core.end_ns}), *rest]

@@ -138,7 +138,7 @@ def decide(
     if current < spec.minimum:
         reason = "Current number of replicas below Spec.MinReplicas"
         return Verdict(current, spec.minimum, None, reason, limit=Limit.MINIMUM), history
-    proposals = {t.name: _proposal(spec, t, values[t.name], current, ready) for t in spec.targets if t.name in values}
+    proposals = {t.name: proposal(spec, t, values[t.name], current, ready) for t in spec.targets if t.name in values}
     metric, wanted = _largest(proposals)
     missing = [t.name for t in spec.targets if t.name not in values]
     if metric is None or (missing and wanted < current):
@@ -176,7 +176,7 @@ def _recent(moments: Iterable[Moment], since_s: float) -> tuple[Moment, ...]:
     return tuple(m for m in moments if m.time_s > since_s)
 
 
-def _proposal(spec: Spec, target: Target, value: float, current: int, ready: int) -> int:
+def proposal(spec: Spec, target: Target, value: float, current: int, ready: int) -> int:
     """The replicas that one metric asks for. Numbers are in thousandths, cut off, as KEDA and the API have them."""
     milli, wanted = int(value * 1000), int(target.value * 1000) or 1
     if target.kind == "AverageValue":

@@ -67,7 +67,11 @@ class MetricRecord(Frozen):
 
 
 class DecisionRecord(BaseModel):
-    """A scaling decision; everything that its trace will say. ``time_ns`` is when it was taken."""
+    """A scaling decision; everything that its trace will say.
+
+    It was taken at ``time_ns`` or at most ``resolution_ms`` later, by metrics whose samples were at most ``window_ms``
+    old.
+    """
 
     id: str
     scaler_kind: str
@@ -88,7 +92,13 @@ class DecisionRecord(BaseModel):
     window_ms: float
     accelerators: float
     price_per_hour: float
+    resolution_ms: float = 0.0
     replicas: list[ReplicaRecord] = Field(default_factory=list)
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """Since when and until when requests may have been counted in its metrics, in nanoseconds since the epoch."""
+        return self.time_ns - int(self.window_ms * 1e6), self.time_ns + int(self.resolution_ms * 1e6)
 
     @property
     def open(self) -> bool:

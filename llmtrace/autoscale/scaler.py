@@ -13,23 +13,20 @@ from pathlib import Path
 from typing import IO
 
 import httpx
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
-from llmtrace.autoscale import evidence, hpa
+from llmtrace.autoscale import hpa
+from llmtrace.autoscale.complaints import Complaints
 from llmtrace.autoscale.fleet import Fleet, Patience, Processes
 from llmtrace.autoscale.prometheus import NoValueError, value_of
 from llmtrace.autoscale.record import DecisionRecord, MetricRecord, ReplicaRecord, State
 from llmtrace.autoscale.scaled_object import KIND, ScaledObject
-from llmtrace.autoscale.spans import DecisionSpans
+from llmtrace.autoscale.sending import Sender
 from llmtrace.endpoints_file import EndpointEntry
 from llmtrace.errors import UserError
 from llmtrace.semconv import attributes as a
 from llmtrace.telemetry import Tracing
-from llmtrace.traces.demand import Stay
-from llmtrace.traces.tempo import TempoClient
 
-FLUSH_MS = 5000
 CLOSE_S = 10.0
 """How long the end waits for traces that are being sent; those that are not yet are sent by the next scaler."""
 MOST_KEPT = 1000
@@ -84,8 +81,9 @@ class Scaler:
     def __init__(self, options: Options, processes: Processes, tracing: Tracing) -> None:
         self.registry = CollectorRegistry()
         self.metrics = Metrics(self.registry)
+        self._tell = Complaints(self.metrics.failures)
+        self._traces = Sender(tracing, options.store, self._tell)
         self._options = options
-        self._tracing = tracing
         self._spec = options.scaled_object.hpa()
         self._triggers = options.scaled_object.triggers()
         self.fleet = Fleet(
@@ -98,9 +96,7 @@ class Scaler:
             )
         self._lock = _lock(options.state)
         self.state = State.load(options.state)
-        self._store = TempoClient(options.store) if options.store else None
         self._client = httpx.AsyncClient(trust_env=False)
-        self._complaints: dict[str, str] = {}
         self._sender: asyncio.Task[None] | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -190,10 +186,14 @@ class Scaler:
         self._save()
 
     async def send(self) -> None:
-        """Send the traces of the decisions whose effect is known; one at a time calls this."""
+        """Send the traces of the decisions whose effect is known; one at a time calls this.
+
+        What the collector does not take is sent again.
+        """
         due = time.time_ns() - int(self._options.settle_s * 1e9)
         for decision in [d for d in self.state.decisions if not d.open and d.time_ns <= due]:
-            await asyncio.to_thread(self._send, decision)
+            if not await asyncio.to_thread(self._traces.send, decision):
+                break
             self.state.decisions.remove(decision)
             self._save()
         for decision in self.state.decisions[:-MOST_KEPT]:
@@ -214,9 +214,9 @@ class Scaler:
         found = dict(zip(self._triggers, await asyncio.gather(*map(ask, self._triggers)), strict=True))
         failures = {name: said for name, said in found.items() if isinstance(said, str)}
         for said in failures.values():
-            self._fails("prometheus", said)
+            self._tell("prometheus", said)
         if not failures:
-            self._works("prometheus")
+            self._tell("prometheus", "")
         return {name: value for name, value in found.items() if not isinstance(value, str)}, failures
 
     # Decisions.
@@ -301,52 +301,16 @@ class Scaler:
             price_per_hour=self._options.price,
         )
 
-    # Traces.
-
-    def _send(self, decision: DecisionRecord) -> None:
-        """Export a decision's trace; a store that does not answer costs its links only."""
-        processor = self._tracing.processor
-        if processor is None:
-            return
-        found: list[Stay] | None = None
-        if self._store is not None:
-            try:
-                found = evidence.drivers(self._store, decision)
-                for replica in decision.replicas:
-                    evidence.refine(self._store, replica)
-                self._works("store")
-            except UserError as error:
-                self._fails("store", str(error))
-        linked = (found or [])[: evidence.MOST_LINKS]
-        made = DecisionSpans(
-            decision, self._tracing.provider.resource, linked, None if found is None else len(found)
-        ).spans()
-        for span in made:
-            processor.on_end(span)
-        if isinstance(processor, BatchSpanProcessor):
-            processor.force_flush(FLUSH_MS)
-
     # Faults, and what is kept.
 
     def _supervisord_fails(self, said: str) -> None:
-        self._fails("supervisord", said)
-
-    def _fails(self, part: str, said: str) -> None:
-        """Count a failure, and log it once."""
-        self.metrics.failures.labels(part).inc()
-        if self._complaints.get(part) != said:
-            self._complaints[part] = said
-            _log.warning("%s: %s", part, said)
-
-    def _works(self, part: str) -> None:
-        if self._complaints.pop(part, None) is not None:
-            _log.info("%s answers again", part)
+        self._tell("supervisord", said)
 
     def _save(self) -> None:
         try:
             self.state.save(self._options.state)
         except OSError as error:
-            self._fails("state", f"{self._options.state} cannot be written ({error.strerror})")
+            self._tell("state", f"{self._options.state} cannot be written ({error.strerror})")
 
 
 def _condition(spec: hpa.Spec, verdict: hpa.Verdict, failures: dict[str, str]) -> str:

@@ -59,12 +59,10 @@ class DecisionSpans:
             a.REPLICA_SPAN, path, ("apply",), replica.started_ns, end_ns, attributes, failure=replica.failure
         )
         for phase in replica.phases:
-            about: dict[str, AttributeValue] = {a.REPLICA: replica.name}
+            about: dict[str, AttributeValue] = {a.REPLICA: replica.name, a.PHASE_SOURCE: phase.source}
             if phase.name == a.DRAIN_SPAN:
                 counts = {a.DRAIN_RUNNING: replica.running, a.DRAIN_CUT: replica.cut}
                 about |= {key: value for key, value in counts.items() if value is not None}
-            else:
-                about[a.PHASE_SOURCE] = phase.source
             yield self._span(phase.name, (*path, phase.name), path, phase.start_ns, phase.end_ns, about)
 
     def _attributes(self) -> dict[str, AttributeValue]:
@@ -84,6 +82,7 @@ class DecisionSpans:
             a.SCALE_STABILIZATION: decision.stabilization,
             a.SCALE_LIMIT: decision.limit,
             a.SCALE_WINDOW: decision.window_ms,
+            a.SCALE_RESOLUTION: decision.resolution_ms or None,
             a.ACCELERATORS: decision.accelerators,
             a.PRICE_PER_HOUR: decision.price_per_hour,
             a.DRIVERS_FOUND: self._found,

@@ -210,7 +210,7 @@ class Stand:
         }
         provider = TracerProvider(resource=Resource.create({"service.name": a.SCALER_SERVICE}))
         processor = SimpleSpanProcessor(self.exporter)
-        return Scaler(Options(**values), self.processes, Tracing(provider, processor))
+        return Scaler(Options(**values), self.processes, Tracing(provider, processor, self.exporter))
 
     def address(self, name: str) -> str:
         """Where a replica listens."""

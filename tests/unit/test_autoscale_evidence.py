@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from example_scaling import MODEL, REPORTS, SECOND, ns, record, request, starts
 
-from llmtrace.autoscale.evidence import MOST_READ, drivers, refine
+from llmtrace.autoscale.evidence import MOST_READ, drivers, first_token, refine
+from llmtrace.autoscale.record import ReplicaRecord
 from llmtrace.semconv import attributes as a
 from llmtrace.traces.demand import Demand, Part, demand, stay
 from llmtrace.traces.model import Span, Trace
@@ -34,7 +35,7 @@ class Store:
             fits = any(
                 (not name or s.name == name[1])
                 and (not model or s.attributes.get(a.TARGET_MODEL) == model[1])
-                and (not instance or s.instance == instance[1])
+                and (not instance or instance[1] in (s.instance, s.resource.get("k8s.pod.name")))
                 for s in trace.spans
             )
             if fits and start_s <= first / SECOND <= end_s:
@@ -64,6 +65,13 @@ def test_the_drivers_are_those_that_waited_in_the_window() -> None:
     assert [int(s.trace_id, 16) for s in found] == [1, 2]
     assert {int(i, 16) for i in kept.read} == {1, 2, 6}  # nothing else is even read
     assert found[0].span_id == f"{2:016x}"  # that of gateway.request
+
+
+def test_a_decision_whose_time_is_cut_to_seconds_was_driven_until_its_second_was_over() -> None:
+    kept = store(request(1, 30.4, wait=5), request(2, 31.2, wait=5))
+    assert drivers(kept, record(30, 1, 3, 2.0)) == []
+    found = drivers(kept, record(30, 1, 3, 2.0, resolution_ms=1000.0))
+    assert [int(s.trace_id, 16) for s in found] == [1]
 
 
 def test_a_decision_without_a_metric_has_no_drivers() -> None:
@@ -101,6 +109,54 @@ def test_spans_of_another_replica_or_another_start_change_nothing(trace: Trace) 
     before = list(replica.phases)
     refine(store(trace), replica)
     assert replica.phases == before
+
+
+def in_a_cluster() -> ReplicaRecord:
+    """A pod that was decided on at 25 and ready at 42."""
+    replica = ReplicaRecord(name="vllm-1", up=True, started_ns=ns(25))
+    for phase, end in (
+        (a.SCHEDULE_SPAN, 27),
+        (a.IMAGE_PULL_SPAN, 30),
+        (a.CONTAINER_START_SPAN, 31),
+        (a.READY_SPAN, 42),
+    ):
+        replica.phase(phase, ns(end), a.SOURCE_CONDITIONS)
+    return replica
+
+
+def test_what_comes_before_the_container_stays_as_it_is() -> None:
+    replica = in_a_cluster()
+    refine(store(startup("vllm-1", 34, 39)), replica)
+    assert [p.name for p in replica.phases] == [
+        a.SCHEDULE_SPAN, a.IMAGE_PULL_SPAN, a.CONTAINER_START_SPAN, a.MODEL_LOAD_SPAN, a.READY_SPAN,
+    ]  # fmt: skip
+    assert replica.phases[2].start_ns == ns(30)
+    assert replica.phases[-1].end_ns == ns(42)
+
+
+def served(number: int, pod: str, at: float, ttft: float) -> Trace:
+    """A request that a pod served."""
+    trace_id = f"{number:032x}"
+    attributes = {a.VLLM_TTFT: ttft}
+    span = Span(
+        trace_id, f"{number:016x}", None, a.SERVER_SPAN, "SERVER", ns(at), ns(at + 5),
+        attributes=attributes, resource={"service.name": "vllm", "k8s.pod.name": pod},
+    )  # fmt: skip
+    return Trace(trace_id, (span,))
+
+
+def test_the_first_token_of_a_pod_is_that_of_the_request_that_gave_one_first() -> None:
+    kept = store(
+        served(1, "vllm-1", 70, 1.0),
+        served(2, "vllm-1", 60, 4.0),
+        served(3, "vllm-1", 61, 0.5),
+        served(4, "vllm-0", 45, 0.1),
+    )
+    assert first_token(kept, in_a_cluster(), 60) == ns(61.5)
+
+
+def test_a_pod_without_a_request_in_time_has_none() -> None:
+    assert first_token(store(served(1, "vllm-0", 45, 0.1), served(2, "vllm-1", 120, 0.1)), in_a_cluster(), 60) is None
 
 
 @pytest.mark.parametrize(

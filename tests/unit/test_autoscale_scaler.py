@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace.export import SpanExportResult
 from scaling import FAST, Stand, until
 
 from llmtrace.autoscale.record import State
@@ -87,6 +88,7 @@ async def test_a_burst_starts_replicas_and_calm_stops_them(stand: Stand) -> None
     assert stopped["vllm-1"].attributes[a.OUTCOME] == a.OUTCOME_DRAINED
     assert stopped["vllm-2"].attributes[a.OUTCOME] == a.OUTCOME_CUT
     (drain,) = down.children(stopped["vllm-2"])
+    assert drain.attributes[a.PHASE_SOURCE] == a.SOURCE_PROBE
     assert (drain.attributes[a.DRAIN_RUNNING], drain.attributes[a.DRAIN_CUT]) == (3, 3)
     assert check(stand.traces()).findings == []
 
@@ -318,11 +320,27 @@ async def test_a_trace_that_is_sent_twice_has_the_same_ids(stand: Stand) -> None
     stand.load.queue = 9
     await scaler.tick()
     (decision,) = scaler.state.decisions
-    scaler._send(decision)
-    scaler._send(decision)
+    assert scaler._traces.send(decision)
+    assert scaler._traces.send(decision)
     await scaler.close()
     (trace,) = stand.traces()
     assert trace.duplicates == [trace.spans[0].span_id]
+
+
+async def test_a_trace_that_the_collector_did_not_take_is_sent_again(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaler = stand.scaler(maxReplicaCount=1)
+    await scaler.begin()
+    stand.load.queue = 9
+    await scaler.tick()
+    with monkeypatch.context() as refusing:
+        refusing.setattr(stand.exporter, "export", lambda _: SpanExportResult.FAILURE)
+        await scaler.send()
+    assert (len(scaler.state.decisions), stand.traces()) == (1, [])
+    await scaler.send()
+    assert (len(scaler.state.decisions), len(stand.traces())) == (0, 1)
+    await scaler.close()
 
 
 async def test_only_one_scaler_has_the_state(stand: Stand) -> None:

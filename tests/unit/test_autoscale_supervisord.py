@@ -76,7 +76,7 @@ class Rig:
             settle_s=0,
             patience=patience,
         )
-        tracing = Tracing(TracerProvider(), SimpleSpanProcessor(self.exporter))
+        tracing = Tracing(TracerProvider(), SimpleSpanProcessor(self.exporter), self.exporter)
         return Scaler(options, self.sandbox.supervisor, tracing)
 
     def listed(self) -> list[str]:

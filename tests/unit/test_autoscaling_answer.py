@@ -122,6 +122,16 @@ def test_a_metric_that_says_something_else_than_the_traces() -> None:
     assert "epp-queue-size 20, by the traces 6 to 6" in values.disagreements[0]
 
 
+def test_a_time_that_is_cut_to_seconds_and_an_average_that_is_rounded() -> None:
+    requests = [request(n, 25.3, wait=10) for n in range(1, 8)]
+    up = record(25, 3, 7, 7.002, resolution_ms=1000.0, replicas=[starts("vllm-1", 25)])
+    found = answer("run-1", [*requests, decision_trace(up)])
+    assert found.decisions[0].drivers == 7
+    assert [c.name for c in found.checks if c.disagreements] == []
+    exact = decision_trace(up.model_copy(update={"resolution_ms": 0.0}))
+    assert answer("run-1", [*requests, exact]).decisions[0].drivers == 0
+
+
 def test_links_are_held_against_the_requests_times() -> None:
     *requests, up, down = burst()
     good = answer("run-1", [*requests, linked(up, f"{1:032x}", f"{2:032x}"), down])

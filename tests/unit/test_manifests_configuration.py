@@ -145,14 +145,12 @@ def test_the_agent_gives_what_it_scrapes_the_labels_by_which_dashboards_select(j
 def test_the_pickers_configuration_is_one(overlay: str, tmp_path: Path) -> None:
     """As the embedded picker reads it, which knows llm-d's plugins; discovery is the pool's in a cluster."""
     content = yaml.safe_load(find(rendered(overlay), "ConfigMap", "llm-d-epp")["data"]["plugins.yaml"])
-    if overlay == AUTOSCALING:
-        # What it scales by, the embedded picker has not.
-        assert content.pop("featureGates") == ["flowControl"]
     content["plugins"].append({"type": "file-discovery", "parameters": {"path": str(tmp_path / "endpoints.yaml")}})
     content["dataLayer"] = {"discovery": {"pluginRef": "file-discovery"}}
     path = tmp_path / "plugins.yaml"
     path.write_text(yaml.safe_dump(content))
     found = config.load(path, Handle())
+    assert (found.flow_control is not None) == (overlay == AUTOSCALING)
     assert set(found.profiles) == ({"prefill", "decode"} if overlay in {PD, WIDE_EP} else {"default"})
 
 

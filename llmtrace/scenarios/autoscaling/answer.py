@@ -169,7 +169,7 @@ def _attribution(
             part = demand(decision.query).part
             if part not in parts:
                 parts[part] = Counted.make(table, np.flatnonzero(wanted), part)
-            should[parts[part].within(decision.time_ns - decision.window_ns, decision.time_ns)] = True
+            should[parts[part].within(*decision.window)] = True
     due = int(should.sum())
     return Attribution(
         attributed=attributed,
@@ -253,9 +253,10 @@ def _values(decisions: Sequence[Decision], effects: Effects) -> Check:
     for d in decisions:
         if d.value is None or demand(d.query).part is Part.ALL:
             continue
-        low, high = effects.counted(d.query).overlaps.extremes(d.time_ns - d.window_ns, d.time_ns)
+        low, high = effects.counted(d.query).overlaps.extremes(*d.window)
         compared += 1
-        if not low <= d.value <= high:
+        # Requests are whole; Kubernetes rounds their average over the replicas.
+        if not low - 0.5 < d.value < high + 0.5:
             differ.append(f"{d.id}: {d.metric} {d.value:g}, by the traces {low} to {high}")
     return check("the metric and the requests that it counts", compared, differ, "as many as the traces tell")
 

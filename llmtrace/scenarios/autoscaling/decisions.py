@@ -9,8 +9,15 @@ from llmtrace.scenarios.facts import integer, number, strings, text
 from llmtrace.semconv import attributes as a
 from llmtrace.traces.model import Span, Trace
 
-PHASES = (a.CONTAINER_START_SPAN, a.MODEL_LOAD_SPAN, a.READY_SPAN, a.FIRST_REQUEST_SPAN)
-"""The phases of a replica's start; with Kubernetes, pod.schedule and image.pull come before them."""
+PHASES = (
+    a.SCHEDULE_SPAN,
+    a.IMAGE_PULL_SPAN,
+    a.CONTAINER_START_SPAN,
+    a.MODEL_LOAD_SPAN,
+    a.READY_SPAN,
+    a.FIRST_REQUEST_SPAN,
+)
+"""The phases of a replica's start; the first two with Kubernetes only."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,10 @@ class Replica:
 
 @dataclass(frozen=True)
 class Decision:
-    """A scaling decision. ``window_ns`` is how old the samples could be on which it rests; ``links`` are trace ids."""
+    """A scaling decision.
+
+    ``window`` is from when to when its metric may have counted requests; ``links`` are trace ids.
+    """
 
     id: str
     trace_id: str
@@ -69,7 +79,7 @@ class Decision:
     limit: str
     missing: tuple[str, ...]
     failure: str
-    window_ns: int
+    window: tuple[int, int]
     accelerators: float
     price_per_hour: float
     links: frozenset[str]
@@ -102,6 +112,7 @@ def read_decision(trace: Trace) -> Decision | None:
     if root is None:
         return None
     told = root.attributes
+    before_ms, after_ms = (number(told.get(key)) or 0.0 for key in (a.SCALE_WINDOW, a.SCALE_RESOLUTION))
     return Decision(
         id=text(told.get(a.SCALE_DECISION_ID)) or trace.trace_id,
         trace_id=trace.trace_id,
@@ -123,7 +134,7 @@ def read_decision(trace: Trace) -> Decision | None:
         limit=text(told.get(a.SCALE_LIMIT)),
         missing=tuple(strings(told.get(a.SCALE_MISSING))),
         failure=text(told.get(a.SCALE_FAILURE)),
-        window_ns=int((number(told.get(a.SCALE_WINDOW)) or 0.0) * 1e6),
+        window=(root.start_ns - int(before_ms * 1e6), root.start_ns + int(after_ms * 1e6)),
         accelerators=number(told.get(a.ACCELERATORS)) or 1.0,
         price_per_hour=number(told.get(a.PRICE_PER_HOUR)) or 0.0,
         links=frozenset(link.trace_id for link in root.links),

@@ -131,7 +131,7 @@ class Effects:
         """The rows of the requests that the decision's metric counted, the longest first."""
         if not decision.query:
             return np.asarray([], dtype=np.intp)
-        return self.counted(decision.query).within(decision.time_ns - decision.window_ns, decision.time_ns)
+        return self.counted(decision.query).within(*decision.window)
 
     def answer(self, number: int) -> DecisionAnswer:
         """The answer for the decision of this number."""
