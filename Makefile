@@ -61,5 +61,5 @@ test: check kubernetes ## Everything that CI runs
 bench: .venv/.synced ## Benchmarks: ratios measured side by side in one run
 	$(RUN) python -m bench
 
-bench-overhead: .venv/.synced ## What tracing costs a model server: an hour and a half on an idle machine (needs what `make up` installs)
+bench-overhead: .venv/.synced ## What tracing costs a model server: about an hour on an idle machine (needs what `make up` installs)
 	$(RUN) python -m bench.overhead
