@@ -101,7 +101,7 @@ class _Connected:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the watcher until it is told to stop; returns the exit code."""
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    return service.command("autoscale.kubernetes", _run, arguments)
+    return service.command("llmtrace.autoscale", _run, arguments)
 
 
 def _run(arguments: Sequence[str]) -> None:
