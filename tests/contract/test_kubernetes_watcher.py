@@ -97,12 +97,11 @@ async def watching(
     task = asyncio.create_task(watcher.run(stop))
     try:
         yield watcher
-        if task.done():
-            task.result()
     finally:
         stop.set()
         async with asyncio.timeout(WAIT_S):
             await asyncio.wait([task])
+    task.result()
 
 
 def leads(server: ApiServer, identity: str) -> bool:
