@@ -12,7 +12,9 @@ import shutil
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,20 +181,17 @@ class Lab:
         return run(self.ssh(machine, "sudo", "sh", "-c", f"'{script}'"), timeout_s=timeout_s, check=check).stdout
 
     def power_off(self, machine: Machine) -> None:
-        """Stop ``machine`` as its administrator would, or by force where it does not end."""
-        pid = machine.pid()
-        if pid is None:
+        """Stop ``machine`` as its administrator would, within STOP_S."""
+        if machine.pid() is None:
             return
         run(self.ssh(machine, "sudo", "systemctl", "poweroff"), check=False, timeout_s=20)
-        if not _until(lambda: machine.pid() is None, STOP_S):
-            os.kill(pid, signal.SIGKILL)
-            _until(lambda: machine.pid() is None, 10)
-        self._release(machine)
+        _until(lambda: machine.pid() is None, STOP_S)
 
     def stop(self, *, remove: bool = True) -> None:
         """Stop every machine and take the network down; with ``remove``, the disks too."""
         for machine in self.machines:
             self.power_off(machine)
+            self._release(machine)
         if NAMESPACE in run(["ip", "netns", "list"]).stdout.split():
             run(["ip", "netns", "delete", NAMESPACE])
         if remove:
@@ -213,17 +212,21 @@ class Lab:
         (machine.folder / "containerd").mkdir(parents=True, exist_ok=True)
         run(["cp", "-a", base(), partial], timeout_s=120)
         files = {
+            "etc/machine-id": f"{uuid.uuid4().hex}\n",
             "etc/hostname": f"{machine.name}\n",
             "etc/hosts": f"127.0.0.1 localhost\n{machine.address} {machine.name}\n",
             # Nobody answers there; a resolver must be named all the same.
             "etc/resolv.conf": f"nameserver {GATEWAY}\n",
             "etc/systemd/system/host0.service": (
                 "[Unit]\nDescription=Address of the lab\nDefaultDependencies=no\nBefore=network.target ssh.service\n"
-                "[Service]\nType=oneshot\nRemainAfterExit=yes\n"
+                "[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=sh -e /etc/lab.sh\n"
+                "[Install]\nWantedBy=multi-user.target\n"
+            ),
+            "etc/lab.sh": (
                 # systemd-nspawn lets the machine's systemd have but its own hierarchy; containers need all.
-                "ExecStart=sh -c \'for each in /sys/fs/cgroup/*/; do mount -o remount,rw $each; done\'\n"
-                f"ExecStart=ip address add {machine.address}/{PREFIX} dev host0\nExecStart=ip link set host0 up\n"
-                f"ExecStart=ip route add default via {GATEWAY}\n[Install]\nWantedBy=multi-user.target\n"
+                "for each in /sys/fs/cgroup/*/; do mount -o remount,bind,rw $each; done\n"
+                f"ip address add {machine.address}/{PREFIX} dev host0\nip link set host0 up\n"
+                f"ip route add default via {GATEWAY}\n"
             ),
         }
         for name, text in files.items():
@@ -277,6 +280,8 @@ class Lab:
                     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
                     "SYSTEMD_NSPAWN_API_VFS_WRITABLE": "yes",
                     "SYSTEMD_SECCOMP": "0",
+                    # With the second version's hierarchy beside it, systemd removes groups that it is about to use.
+                    "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "no",
                 },
             )
         (machine.folder / "pid").write_text(str(child.pid))
@@ -290,13 +295,25 @@ class Lab:
             raise LabError(f"{machine.name} did not answer by SSH within {BOOT_S} s; its console:\n" + "\n".join(log))
 
     def _release(self, machine: Machine) -> None:
-        """Remove the machine's control groups, which are empty once it is down."""
-        for hierarchy in HIERARCHIES.iterdir():
-            top = hierarchy / machine.group
-            if top.is_dir():
-                for group in sorted((path for path in top.rglob("*") if path.is_dir()), reverse=True):
-                    group.rmdir()
-                top.rmdir()
+        """Kill what is left of the machine, and remove its control groups."""
+
+        def empty() -> bool:
+            for name in (HIERARCHIES / "pids" / machine.group).rglob("cgroup.procs"):
+                for pid in name.read_text().split():
+                    with suppress(ProcessLookupError):
+                        os.kill(int(pid), signal.SIGKILL)
+            for hierarchy in HIERARCHIES.iterdir():
+                top = hierarchy / machine.group
+                groups = sorted((path for path in [top, *top.rglob("*")] if path.is_dir()), reverse=True)
+                for group in groups:
+                    try:
+                        group.rmdir()
+                    except OSError:
+                        return False
+            return True
+
+        if not _until(empty, STOP_S):
+            raise LabError(f"{machine.name} leaves processes in the control group {machine.group} that do not end")
 
     def inventory(self, variables: Mapping[str, object]) -> dict[str, object]:
         """An inventory of the lab: the first machine is the control plane, the others are workers."""

@@ -30,6 +30,12 @@ HIDDEN_ACTIONS = {
 }
 
 
+def on(result):
+    """Which host it was, where it was not this machine."""
+    name = result.host.get_name()
+    return "" if name == "localhost" else f" on {name}"
+
+
 class Heartbeat(threading.Thread):
     """Announces a long task and says every HEARTBEAT_S seconds that it goes on."""
 
@@ -67,6 +73,7 @@ class CallbackModule(CallbackBase):
         self.started = self.task_started = time.monotonic()
         self.heartbeat = None
         self.failed = False
+        self.said = None
 
     def say(self, text, color=None):
         """Print a line with the time since the start."""
@@ -115,7 +122,11 @@ class CallbackModule(CallbackBase):
             detail += f": {actions}"
         elif took_s := result.result.get("took_s"):
             detail += ": " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in took_s.items())
-        self.say(f"{status:8} {task.get_name()}{detail}", color)
+        # Of several hosts that did the same thing, one speaks for all.
+        line = f"{status:8} {task.get_name()}{'' if status == 'ok' else on(result)}{detail}"
+        if status == "changed" or self.said != task._uuid:
+            self.say(line, color)
+        self.said = task._uuid
         if self._display.verbosity:
             self._display.display(self._dump_results(result.result))
 
@@ -132,7 +143,7 @@ class CallbackModule(CallbackBase):
         message = result.result.get("msg") or "failed without a message; run again with -v"
         words = [text for name in ("stderr", "stdout") if (text := str(result.result.get(name) or "").strip())]
         said = "\n".join("\n".join(words).splitlines()[-20:])
-        self.say(f"{'FAILED':8} {result.task.get_name()}", constants.COLOR_ERROR)
+        self.say(f"{'FAILED':8} {result.task.get_name()}{on(result)}", constants.COLOR_ERROR)
         self._display.display(f"{message}\n{said}".rstrip(), color=constants.COLOR_ERROR, stderr=True)
         if self._display.verbosity:
             self._display.display(self._dump_results(result.result))
