@@ -17,7 +17,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a bundle holds: versions by component, sha256 by path, and the images by name with the path of each archive."""
+    """What a bundle holds: versions by component, sha256 by path, and the path of each image's archive by its name."""
 
     versions: Mapping[str, str]
     files: Mapping[str, str]
@@ -43,8 +43,8 @@ def read(folder: Path) -> Bundle:
         found = Bundle(index["versions"], index["files"], index["images"])
     except FileNotFoundError:
         raise UserError(
-            f"there is no bundle in {folder}: make one with `ansible-playbook playbooks/bundle.yml -e bundle={folder}`, "
-            "or correct the path"
+            f"there is no bundle in {folder}: make one with `ansible-playbook playbooks/bundle.yml -e bundle={folder}`"
+            ", or correct the path"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): make the bundle again with playbooks/bundle.yml") from None
@@ -57,7 +57,7 @@ def read(folder: Path) -> Bundle:
 
 
 def check(folder: Path, bundle: Bundle, needed: Iterable[str] = ()) -> list[str]:
-    """What is wrong with the bundle in ``folder``, a sentence each: files missing or damaged, ``needed`` images not in it."""
+    """What is wrong with a bundle, a sentence each: files missing or damaged, ``needed`` images not in it."""
     wrong = []
     for name, digest in bundle.files.items():
         path = folder / name

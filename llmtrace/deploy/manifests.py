@@ -34,7 +34,12 @@ class Kubectl:
         command = [str(self.program), f"--kubeconfig={self.kubeconfig}", f"--request-timeout={REQUEST_TIMEOUT_S}s"]
         try:
             return subprocess.run(  # noqa: S603
-                [*command, *arguments], input=text, capture_output=True, text=True, timeout=4 * REQUEST_TIMEOUT_S, check=False
+                [*command, *arguments],
+                input=text,
+                capture_output=True,
+                text=True,
+                timeout=4 * REQUEST_TIMEOUT_S,
+                check=False,
             )
         except FileNotFoundError:
             raise UserError(f"{self.program} does not exist: set cluster_kubectl to the path of kubectl") from None
@@ -150,7 +155,9 @@ def wait(kubectl: Kubectl, text: str, timeout_s: float) -> float:
     while sentences := waiting_for(kubectl, text):
         if time.monotonic() - started > timeout_s:
             raise UserError(
-                f"after {timeout_s:.0f} s " + "; ".join(sentences) + ". Repair that and run the playbook again, or raise the timeout"
+                f"after {timeout_s:.0f} s "
+                + "; ".join(sentences)
+                + ". Repair that and run the playbook again, or raise the timeout"
             )
         time.sleep(POLL_S)
     return time.monotonic() - started

@@ -1,4 +1,4 @@
-"""Container images without a container engine: one layer, as an archive of the OCI image layout that containerd imports.
+"""Container images without a container engine: one layer, in an archive that containerd imports.
 
 Source: OCI image specification v1.1 (image-layout.md, manifest.md, config.md); the annotation is containerd's.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import platform
 import re
 import subprocess
 import tarfile
@@ -155,15 +156,18 @@ def _write_layer(layer: Path, program: Path | None, packages: Sequence[Path]) ->
 
 def _add_package(tar: tarfile.TarFile, package: Path, written: set[str]) -> None:
     """Add the files of a Debian package; a folder that several have is added once."""
-    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE) as unpack:  # noqa: S603, S607
-        with tarfile.open(fileobj=unpack.stdout, mode="r|") as source:
-            for member in source:
-                member.name = member.name.removeprefix("./").rstrip("/")
-                if not member.name or member.name == "." or member.name in written:
-                    continue
-                written.add(member.name)
-                member.mtime = 0
-                tar.addfile(member, source.extractfile(member) if member.isreg() else None)
+    command = ["dpkg-deb", "--fsys-tarfile", package]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE) as unpack,  # noqa: S603
+        tarfile.open(fileobj=unpack.stdout, mode="r|") as source,
+    ):
+        for member in source:
+            member.name = member.name.removeprefix("./").rstrip("/")
+            if not member.name or member.name == "." or member.name in written:
+                continue
+            written.add(member.name)
+            member.mtime = 0
+            tar.addfile(member, source.extractfile(member) if member.isreg() else None)
     if unpack.returncode:
         raise UserError(f"{package} cannot be unpacked: remove it, and fetch the packages again")
 
@@ -175,6 +179,4 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _architecture() -> str:
-    import platform
-
     return {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]

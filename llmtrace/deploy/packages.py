@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import tarfile
@@ -65,10 +64,14 @@ def _apt(options: Mapping[str, Path | str], *arguments: str) -> None:
             "apt-get is not on PATH: make the bundle on Debian or Ubuntu, or say -e bundle_packages=false"
         ) from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"the packages did not arrive within {FETCH_TIMEOUT_S} s: set bundle_mirror to a near mirror") from None
+        raise UserError(
+            f"the packages did not arrive within {FETCH_TIMEOUT_S} s: set bundle_mirror to a near mirror"
+        ) from None
     if done.returncode:
         words = [line for line in done.stderr.splitlines() if line.startswith("E:")] or done.stderr.splitlines()
-        raise UserError(f"apt-get {arguments[0]} failed ({' '.join(words[-2:])}): check bundle_mirror and the packages' names")
+        raise UserError(
+            f"apt-get {arguments[0]} failed ({' '.join(words[-2:])}): check bundle_mirror and the packages' names"
+        )
 
 
 def index(folder: Path) -> None:
@@ -76,10 +79,9 @@ def index(folder: Path) -> None:
     entries = []
     for archive in sorted(folder.glob("*.deb")):
         command = ["dpkg-deb", "--field", archive]
-        fields = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "LC_ALL": "C"}).stdout  # noqa: S603
-        entries.append(
-            f"{fields.rstrip()}\nFilename: ./{archive.name}\nSize: {archive.stat().st_size}\nSHA256: {sha256(archive)}\n"
-        )
+        fields = subprocess.run(command, capture_output=True, text=True, check=True).stdout.rstrip()  # noqa: S603
+        size = archive.stat().st_size
+        entries.append(f"{fields}\nFilename: ./{archive.name}\nSize: {size}\nSHA256: {sha256(archive)}\n")
     (folder / INDEX).write_text("\n".join(entries))
 
 

@@ -27,7 +27,6 @@ PACKAGES = (
     *("systemd", "systemd-sysv", "systemd-container", "dbus", "udev", "openssh-server", "sudo", "python3"),
     *("iproute2", "ca-certificates", "libnss-myhostname"),
 )
-TOOLS = ("debootstrap",)
 SUITE, MIRROR = "bookworm", "http://deb.debian.org/debian"
 HIERARCHIES = Path("/sys/fs/cgroup")
 BOOT_S, STOP_S = 60, 60
@@ -38,6 +37,8 @@ SETTINGS: Mapping[str, object] = {
     "containerd_restrict_oom_score": True,
     "cluster_disk_gib": 5,
     "cluster_kubelet_configuration": {"failCgroupV1": False, "enforceNodeAllocatable": []},
+    # The number of connections is the kernel's, and so this machine's.
+    "cluster_proxy_configuration": {"conntrack": {"maxPerCore": 0, "min": 0}},
     "cluster_ignore_preflight": [
         *("SystemVerification", "NumCPU", "Mem"),
         "FileContent--proc-sys-net-bridge-bridge-nf-call-iptables",
@@ -55,18 +56,16 @@ def run(
     timeout_s: float = 60,
     check: bool = True,
     environment: Mapping[str, str] | None = None,
-    say: Callable[[str], None] | None = None,
+    text: str = "",
 ) -> subprocess.CompletedProcess[str]:
     """Run ``command`` to its end; LabError with its last words where it fails."""
-    if say:
-        say(" ".join(map(str, command)))
     done = subprocess.run(
         command,
         capture_output=True,
         text=True,
         timeout=timeout_s,
         check=False,
-        stdin=subprocess.DEVNULL,
+        input=text,
         env={**os.environ, **(environment or {})},
     )
     if check and done.returncode:
@@ -83,10 +82,23 @@ def base() -> Path:
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    run(["sh", "-ec", f"cd {partial}; apt-get download {' '.join(TOOLS)}; for file in *.deb; do dpkg -x $file tools; done"])
+    run(
+        [
+            "sh",
+            "-ec",
+            f"cd {partial}; apt-get download debootstrap; dpkg -x debootstrap_*.deb tools",
+        ]
+    )
     root = partial / "root"
     run(
-        [partial / "tools/usr/sbin/debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, root, MIRROR],
+        [
+            partial / "tools/usr/sbin/debootstrap",
+            "--variant=minbase",
+            f"--include={','.join(PACKAGES)}",
+            SUITE,
+            root,
+            MIRROR,
+        ],
         timeout_s=600,
         environment={"DEBOOTSTRAP_DIR": str(partial / "tools/usr/share/debootstrap")},
     )
@@ -102,7 +114,7 @@ def base() -> Path:
     # It fails at random where control groups are another machine's, and nobody reads what it records.
     (root / "etc/systemd/system/systemd-update-utmp-runlevel.service").symlink_to("/dev/null")
     (root / "etc/sudoers.d/installer").write_text(f"{INSTALLER} ALL=(ALL) NOPASSWD: ALL\n")
-    os.replace(root, folder)
+    root.replace(folder)
     shutil.rmtree(partial)
     return folder
 
@@ -151,7 +163,7 @@ class Lab:
         if os.geteuid() != 0:
             raise LabError("The test cluster needs root, for namespaces and systemd-nspawn: run it as root.")
         if not (HIERARCHIES / "memory").is_dir():
-            raise LabError("The test cluster needs control groups of version 1: boot with systemd.unified_cgroup_hierarchy=0.")
+            raise LabError("The test cluster needs control groups of version 1 (systemd.unified_cgroup_hierarchy=0).")
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not self.key.exists():
             run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "llmtrace-test", "-f", self.key])
@@ -173,12 +185,20 @@ class Lab:
         """The command line that runs ``command`` on ``machine``."""
         options = [f"UserKnownHostsFile={self.known_hosts}", "BatchMode=yes", "ConnectTimeout=5"]
         return self.inside(
-            *("ssh", "-i", self.key, *(f"-o{option}" for option in options), f"{user}@{machine.address}", "--", *command)
+            *(
+                "ssh",
+                "-i",
+                self.key,
+                *(f"-o{option}" for option in options),
+                f"{user}@{machine.address}",
+                "--",
+                *command,
+            )
         )
 
     def on(self, machine: Machine, script: str, *, timeout_s: float = 60, check: bool = True) -> str:
         """Run a shell script on ``machine`` as root; return what it prints."""
-        return run(self.ssh(machine, "sudo", "sh", "-c", f"'{script}'"), timeout_s=timeout_s, check=check).stdout
+        return run(self.ssh(machine, "sudo", "sh", "-e"), timeout_s=timeout_s, check=check, text=script).stdout
 
     def power_off(self, machine: Machine) -> None:
         """Stop ``machine`` as its administrator would, within STOP_S."""
@@ -186,6 +206,16 @@ class Lab:
             return
         run(self.ssh(machine, "sudo", "systemctl", "poweroff"), check=False, timeout_s=20)
         _until(lambda: machine.pid() is None, STOP_S)
+
+    def replace(self, machine: Machine) -> None:
+        """Give ``machine`` an empty disk, and boot it."""
+        self.power_off(machine)
+        self._release(machine)
+        shutil.rmtree(machine.folder)
+        self.known_hosts.write_text(
+            "".join(line for line in self.known_hosts.open() if not line.startswith(f"{machine.address} "))
+        )
+        self.start()
 
     def stop(self, *, remove: bool = True) -> None:
         """Stop every machine and take the network down; with ``remove``, the disks too."""
@@ -248,7 +278,7 @@ class Lab:
         partial.rename(machine.root)
 
     def _boot(self, machine: Machine) -> None:
-        groups = [path for path in sorted(HIERARCHIES.iterdir()) if path.is_dir() and path.name != "unified"]
+        groups = [path for path in sorted(HIERARCHIES.iterdir()) if path.is_dir()]
         for hierarchy in groups:
             group = hierarchy / machine.group
             group.mkdir(exist_ok=True)
@@ -267,7 +297,7 @@ class Lab:
             *("--network-bridge=br0", "--bind-ro=/dev/kmsg", "--resolv-conf=off"),
             *("--timezone=off", "--link-journal=no", f"--bind={machine.folder}/containerd:/var/lib/containerd"),
         ]
-        # Every hierarchy, or the machine's systemd would take this machine's root groups for its own.
+        # Every hierarchy, or all machines would have the same groups.
         join = "".join(f"echo $$ > {path / machine.group}/cgroup.procs; " for path in groups)
         with (machine.folder / "console.log").open("ab") as log:
             child = subprocess.Popen(
@@ -280,7 +310,7 @@ class Lab:
                     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
                     "SYSTEMD_NSPAWN_API_VFS_WRITABLE": "yes",
                     "SYSTEMD_SECCOMP": "0",
-                    # With the second version's hierarchy beside it, systemd removes groups that it is about to use.
+                    # Control groups of version 1 and nothing else inside, as kubelet wants them.
                     "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "no",
                 },
             )

@@ -124,9 +124,9 @@ class CallbackModule(CallbackBase):
             detail += ": " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in took_s.items())
         # Of several hosts that did the same thing, one speaks for all.
         line = f"{status:8} {task.get_name()}{'' if status == 'ok' else on(result)}{detail}"
-        if status == "changed" or self.said != task._uuid:
+        if status == "changed" or self.said is not task:
             self.say(line, color)
-        self.said = task._uuid
+        self.said = task
         if self._display.verbosity:
             self._display.display(self._dump_results(result.result))
 

@@ -89,9 +89,7 @@ def main():
     if wrong:
         module.fail_json(msg="\n".join(wrong))
     packages = "packages.tar" in found.files
-    module.exit_json(
-        changed=False, bundle={"versions": found.versions, "images": found.images, "packages": packages}
-    )
+    module.exit_json(changed=False, bundle={"versions": found.versions, "images": found.images, "packages": packages})
 
 
 if __name__ == "__main__":

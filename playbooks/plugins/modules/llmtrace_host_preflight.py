@@ -25,7 +25,7 @@ options:
     type: str
     required: true
   release:
-    description: Code name of the Debian release that the bundle's packages are for; empty where the host uses its own mirrors.
+    description: Debian release that the bundle's packages are for; empty where the host uses its own mirrors.
     type: str
     default: ""
   ports:
@@ -111,9 +111,10 @@ def check_system(release, os_release, machine, kernel):
     if machine not in MACHINES:
         yield f"its processor is {machine}, and the bundle's programs are for {', '.join(MACHINES)}: use such a host"
     if release and codename != release:
-        yield f"it runs {named}, and the bundle's packages are for Debian {release}: make a bundle with bundle_packages=false"
+        yield f"it runs {named}, and the bundle's packages are for {release}: make one with bundle_packages=false"
     if tuple(map(int, re.findall(r"\d+", kernel)[:2])) < OLDEST_KERNEL:
-        yield f"its kernel is {kernel}, and the cluster's network needs {'.'.join(map(str, OLDEST_KERNEL))}: install a newer one"
+        oldest = ".".join(map(str, OLDEST_KERNEL))
+        yield f"its kernel is {kernel}, and the cluster's network needs {oldest}: install a newer one"
     if not Path("/run/systemd/system").is_dir():
         yield "systemd does not run it: use a host that systemd boots"
 
@@ -134,8 +135,8 @@ def check_swap(allowed, swaps):
     used = [line.split()[0] for line in swaps.splitlines()[1:] if line.strip()]
     if used and not allowed:
         yield (
-            f"it swaps to {', '.join(used)}, which makes latencies meaningless: `swapoff -a` and take it out of /etc/fstab, "
-            "or set cluster_allow_swap"
+            f"it swaps to {', '.join(used)}, which makes latencies meaningless: `swapoff -a` and take it out of "
+            "/etc/fstab, or set cluster_allow_swap"
         )
 
 
@@ -143,8 +144,8 @@ def check_clock(offset_s, limit_s):
     """The clock is near the control host's."""
     if offset_s is not None and abs(offset_s) > limit_s:
         yield (
-            f"its clock is {abs(offset_s):.1f} s {'ahead of' if offset_s > 0 else 'behind'} this machine's, and spans of one "
-            f"trace would be out of order (limit {limit_s:g} s): let chrony or systemd-timesyncd keep both clocks"
+            f"its clock is {abs(offset_s):.1f} s {'ahead of' if offset_s > 0 else 'behind'} this machine's, and spans "
+            f"of one trace would be out of order (limit {limit_s:g} s): let chrony or systemd-timesyncd keep both clocks"
         )
 
 
@@ -160,8 +161,8 @@ def check_disk(needed_gib, free):
     for folder, size in free.items():
         if size < needed_gib * GIB:
             yield (
-                f"{folder} has {size / GIB:.1f} GiB of free space and needs {needed_gib:g}: free some, mount a larger disk there, "
-                "or lower cluster_disk_gib"
+                f"{folder} has {size / GIB:.1f} GiB of free space and needs {needed_gib:g}: free some, mount a larger "
+                "disk there, or lower cluster_disk_gib"
             )
 
 
@@ -188,7 +189,9 @@ def check_ports(ports, joined, is_busy=busy):
 def devices():
     """What the host has for model servers."""
     found = Path("/sys/bus/pci/devices").glob("*") if Path("/sys/bus/pci/devices").is_dir() else []
-    gpus = [path for path in found if read(path / "vendor").strip() == NVIDIA and read(path / "class").startswith("0x03")]
+    gpus = [
+        path for path in found if read(path / "vendor").strip() == NVIDIA and read(path / "class").startswith("0x03")
+    ]
     driver = re.search(r"Kernel Module\s+(?:for \S+\s+)?(\S+)", read("/proc/driver/nvidia/version"))
     rdma = Path("/sys/class/infiniband")
     return {

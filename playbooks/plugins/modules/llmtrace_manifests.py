@@ -13,7 +13,8 @@ module: llmtrace_manifests
 short_description: Apply a kustomize folder and wait until its pods are ready
 description:
   - Applies on the server's side, and only where C(kubectl diff) says that something would change.
-  - Waits until every Deployment, StatefulSet and DaemonSet of the folder is ready. What is not in time is named, with its pod's reason.
+  - Waits until every Deployment, StatefulSet and DaemonSet of the folder is ready.
+  - What is not ready in time is named, with its pod's reason.
 options:
   kubectl:
     description: kubectl.
