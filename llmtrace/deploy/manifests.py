@@ -120,7 +120,7 @@ def reason(pod: Object) -> str | None:
             return f"container {container['name']}: {words}{last_words}"
         if ended and ended.get("exitCode"):
             return f"container {container['name']} ended with {ended['exitCode']} ({ended.get('reason', '')})"
-        if state.get("running") and not container.get("ready"):
+        if "running" in state and not container.get("ready"):
             return f"container {container['name']} runs and does not say that it is ready"
     return f"it is {status.get('phase', 'unknown')}"
 

@@ -143,9 +143,10 @@ def check_swap(allowed, swaps):
 def check_clock(offset_s, limit_s):
     """The clock is near the control host's."""
     if offset_s is not None and abs(offset_s) > limit_s:
+        where = "ahead of" if offset_s > 0 else "behind"
         yield (
-            f"its clock is {abs(offset_s):.1f} s {'ahead of' if offset_s > 0 else 'behind'} this machine's, and spans "
-            f"of one trace would be out of order (limit {limit_s:g} s): let chrony or systemd-timesyncd keep both clocks"
+            f"its clock is {abs(offset_s):.1f} s {where} this machine's, and spans of one trace would be out of order "
+            f"(limit {limit_s:g} s): let chrony or systemd-timesyncd keep both clocks"
         )
 
 
