@@ -20,7 +20,7 @@ from pathlib import Path
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmtrace-kit"
 NAMESPACE = "llmtrace-test"
-GATEWAY, PREFIX = "10.222.0.1", 24
+NETWORK, GATEWAY, PREFIX = "10.222.0.0/24", "10.222.0.1", 24
 INSTALLER, GUEST = "installer", "guest"
 """Users of every machine: one may use sudo, one may not."""
 PACKAGES = (
