@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,32 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a bundle holds: versions by component, sha256 by path, and the path of each image's archive by its name."""
+    """What a bundle holds.
+
+    Versions by component, sha256 by path, the path of each image's archive by its name, and the names of the packages
+    that hosts need, whether or not they are in it.
+    """
 
     versions: Mapping[str, str]
     files: Mapping[str, str]
     images: Mapping[str, str]
+    host_packages: Sequence[str]
 
 
-def contents(folder: Path, versions: Mapping[str, str], images: Mapping[str, str]) -> str:
+def contents(folder: Path, versions: Mapping[str, str], images: Mapping[str, str], host_packages: Sequence[str]) -> str:
     """Text of the index of what is in ``folder`` now."""
     files = {
         str(path.relative_to(folder)): sha256(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != INDEX
     }
-    index = {"format": FORMAT, "versions": dict(versions), "images": dict(sorted(images.items())), "files": files}
+    index = {
+        "format": FORMAT,
+        "versions": dict(versions),
+        "host_packages": list(host_packages),
+        "images": dict(sorted(images.items())),
+        "files": files,
+    }
     return json.dumps(index, indent=1) + "\n"
 
 
@@ -40,7 +51,7 @@ def read(folder: Path) -> Bundle:
     path = folder / INDEX
     try:
         index: Any = json.loads(path.read_text())
-        found = Bundle(index["versions"], index["files"], index["images"])
+        found = Bundle(index["versions"], index["files"], index["images"], index["host_packages"])
     except FileNotFoundError:
         raise UserError(
             f"there is no bundle in {folder}: make one with `ansible-playbook playbooks/bundle.yml -e bundle={folder}`"

@@ -83,5 +83,20 @@ class Cluster:
         found: list[dict[str, Any]] = json.loads(self.kubectl("get", *arguments, "--output=json"))["items"]
         return found
 
+    def address(self, service: str, namespace: str) -> str:
+        """Address of a service, which is routed by a worker."""
+        return self.kubectl(
+            "get", "service", service, f"--namespace={namespace}", "--output=jsonpath={.spec.clusterIP}"
+        )
+
+    def ready(self) -> dict[str, bool]:
+        """Whether each node is ready."""
+        return {
+            node["metadata"]["name"]: any(
+                each["type"] == "Ready" and each["status"] == "True" for each in node["status"]["conditions"]
+            )
+            for node in self.get("nodes")
+        }
+
     def machine(self, name: str) -> Machine:
         return self.lab.machine(name)

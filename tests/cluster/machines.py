@@ -21,6 +21,8 @@ from pathlib import Path
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmtrace-kit"
 NAMESPACE = "llmtrace-test"
 NETWORK, GATEWAY, PREFIX = "10.222.0.0/24", "10.222.0.1", 24
+SUBNETS = ("10.244.0.0/16", "10.96.0.0/12")
+"""Of pods and of services, as a cluster has them by default."""
 INSTALLER, GUEST = "installer", "guest"
 """Users of every machine: one may use sudo, one may not."""
 PACKAGES = (
@@ -147,10 +149,14 @@ class Machine:
 
 
 class Lab:
-    """Machines and their network. ``folder`` keeps the machines' disks, keys and logs."""
+    """Machines and their network. ``folder`` keeps the machines' disks, keys and logs.
 
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+    The machines see the folders in ``shared`` at the same path, and cannot write there.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str], shared: Sequence[Path] = ()) -> None:
         self.folder = folder
+        self.shared = shared
         self.machines = [Machine(name, f"10.222.0.{11 + i}", folder / name) for i, name in enumerate(names)]
         self.key = folder / "id_ed25519"
         self.known_hosts = folder / "known_hosts"
@@ -235,6 +241,9 @@ class Lab:
             run(self.inside("ip", "address", "add", f"{GATEWAY}/{PREFIX}", "dev", "br0"))
         for device in ("lo", "br0"):
             run(self.inside("ip", "link", "set", device, "up"))
+        # Pods and services, by a worker.
+        for subnet in SUBNETS:
+            run(self.inside("ip", "route", "replace", subnet, "via", self.machines[-1].address))
 
     def _make(self, machine: Machine) -> None:
         partial = machine.folder / "partial"
@@ -296,6 +305,7 @@ class Lab:
             *("--boot", "--quiet", "--register=no", "--keep-unit", "--capability=all", "--console=pipe"),
             *("--network-bridge=br0", "--bind-ro=/dev/kmsg", "--resolv-conf=off"),
             *("--timezone=off", "--link-journal=no", f"--bind={machine.folder}/containerd:/var/lib/containerd"),
+            *(f"--bind-ro={path}" for path in self.shared),
         ]
         # Every hierarchy, or all machines would have the same groups.
         join = "".join(f"echo $$ > {path / machine.group}/cgroup.procs; " for path in groups)

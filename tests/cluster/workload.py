@@ -1,8 +1,9 @@
 """What runs on the test cluster: the kit's manifests, with stand-ins for what this machine cannot run.
 
-Real: the Collector's agents and gateway, Prometheus, Envoy, vLLM with the plugin from its ConfigMap, all by the kit's own
-manifests. Stand-ins: the embedded store for Tempo, Envoy with the embedded picker for a Gateway and llm-d's router, vLLM
-for CPUs for vLLM for GPUs (its environment and the kit's are mounted from this machine), volumes of pods for volumes that last.
+Real: the Collector's agents and gateway, Prometheus, Envoy, vLLM with the plugin from its ConfigMap, all but Envoy by
+the kit's own manifests. Stand-ins: the embedded store for Tempo, Envoy with the embedded picker for a Gateway and
+llm-d's router, vLLM for CPUs for vLLM for GPUs (its environment and the kit's are mounted from this machine), and
+volumes of pods for volumes that last.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import yaml
 from deployed import render
-from machines import CACHE, NETWORK
+from machines import CACHE, NETWORK, SUBNETS
 
 from llmtrace.deploy.playbook import CHECKOUT, default_variables
 
@@ -53,7 +54,6 @@ PICKER = "llm-d-epp"
 MODEL_NAME: str = LOCAL["vllm_model_name"]
 PORTS: Mapping[str, int] = LOCAL["gateway_ports"]["prefix-cache"]
 STORE_PORT = 3200
-POD_NETWORK = "10.244.0.0/16"
 
 Object = dict[str, Any]
 
@@ -178,7 +178,11 @@ def observability(folder: Path) -> Path:
                         "path": "/spec/template/spec/containers/0/env/-",
                         "value": {"name": "DECISION_WAIT_AFTER_ROOT", "value": "3s"},
                     },
-                    {"op": "replace", "path": "/spec/template/spec/containers/0/resources/requests/cpu", "value": "100m"},
+                    {
+                        "op": "replace",
+                        "path": "/spec/template/spec/containers/0/resources/requests/cpu",
+                        "value": "100m",
+                    },
                 ),
             ],
             # kustomize wants the configuration that the gateway has for Tempo's rules too.
@@ -257,8 +261,8 @@ def model_servers(folder: Path, replicas: int) -> Path:
 
 
 def gateway(folder: Path, scratch: Path, endpoints: Mapping[str, str]) -> Path:
-    """Envoy and a picker for each arm, in one pod, with the local stack's own configuration; ``endpoints`` by pod name."""
-    etc = render(scratch, {"trace_context_networks": [NETWORK, POD_NETWORK]})
+    """Envoy and a picker for each arm, in one pod, configured as in the local stack; ``endpoints`` by pod name."""
+    etc = render(scratch, {"trace_context_networks": [NETWORK, SUBNETS[0]]})
     envoy = yaml.safe_load((etc / "envoy.yaml").read_text())
     for listener in envoy["static_resources"]["listeners"]:
         listener["address"]["socket_address"]["address"] = "0.0.0.0"
@@ -305,7 +309,9 @@ def gateway(folder: Path, scratch: Path, endpoints: Mapping[str, str]) -> Path:
             "metadata": {"name": "gateway", "namespace": STAND_INS},
             "spec": {"selector": labels, "ports": ports},
         },
-        _deployment("gateway", labels, containers, [*kit["volumes"], {"name": "config", "configMap": {"name": "gateway"}}]),
+        _deployment(
+            "gateway", labels, containers, [*kit["volumes"], {"name": "config", "configMap": {"name": "gateway"}}]
+        ),
     ]
     return write(
         folder,

@@ -17,7 +17,7 @@ IMAGE = "registry.k8s.io/pause:3.10.1"
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "images").mkdir()
     (tmp_path / "images/pause.tar").write_text("image")
-    text = bundle.contents(tmp_path, {"kubernetes": "1.34.3"}, {IMAGE: "images/pause.tar"})
+    text = bundle.contents(tmp_path, {"kubernetes": "1.34.3"}, {IMAGE: "images/pause.tar"}, ["containerd"])
     (tmp_path / bundle.INDEX).write_text(text)
     return tmp_path
 
@@ -26,6 +26,7 @@ def test_a_bundle_is_what_was_written(folder: Path) -> None:
     found = bundle.read(folder)
     assert found.versions == {"kubernetes": "1.34.3"}
     assert found.images == {IMAGE: "images/pause.tar"}
+    assert found.host_packages == ["containerd"]
     assert list(found.files) == ["images/pause.tar"]
     assert bundle.check(folder, found, [IMAGE]) == []
 

@@ -25,6 +25,10 @@ options:
   images:
     description: Path of each image's archive in the bundle; for I(state=written).
     type: dict
+  host_packages:
+    description: Names of the packages that hosts need; for I(state=written).
+    type: list
+    elements: str
   needed:
     description: Images that must be in it; for I(state=checked). C(%(NAME)s) is the version of a component.
     type: list
@@ -49,7 +53,7 @@ EXAMPLES = r"""
 """
 RETURN = r"""
 bundle:
-  description: The bundle's versions, images (path by name) and whether it has packages.
+  description: The bundle's versions, images (path by name), host_packages and has_packages.
   type: dict
   returned: for I(state=checked)
 """
@@ -58,7 +62,7 @@ bundle:
 def write(module, folder):
     """Write the index; return whether it changed."""
     path = folder / bundle.INDEX
-    text = bundle.contents(folder, module.params["versions"], module.params["images"])
+    text = bundle.contents(folder, module.params["versions"], module.params["images"], module.params["host_packages"])
     changed = not path.exists() or path.read_text() != text
     if changed and not module.check_mode:
         path.write_text(text)
@@ -72,10 +76,11 @@ def main():
             "path": {"type": "path", "required": True},
             "versions": {"type": "dict"},
             "images": {"type": "dict"},
+            "host_packages": {"type": "list", "elements": "str"},
             "needed": {"type": "list", "elements": "str", "default": []},
             "state": {"type": "str", "choices": ["written", "checked"], "required": True},
         },
-        required_if=[("state", "written", ("versions", "images"))],
+        required_if=[("state", "written", ("versions", "images", "host_packages"))],
         supports_check_mode=True,
     )
     folder = Path(module.params["path"])
@@ -88,8 +93,13 @@ def main():
         module.fail_json(msg=str(error))
     if wrong:
         module.fail_json(msg="\n".join(wrong))
-    packages = "packages.tar" in found.files
-    module.exit_json(changed=False, bundle={"versions": found.versions, "images": found.images, "packages": packages})
+    held = {
+        "versions": found.versions,
+        "images": found.images,
+        "host_packages": found.host_packages,
+        "has_packages": "packages.tar" in found.files,
+    }
+    module.exit_json(changed=False, bundle=held)
 
 
 if __name__ == "__main__":
