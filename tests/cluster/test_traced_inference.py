@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import workload
-from clusters import Cluster
+from clusters import Cluster, Played
 from machines import run
 
 from llmtrace.stack import Picker, Server, Stack
@@ -32,10 +32,12 @@ def stack(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
         workload.observability(scratch / "observability"),
         workload.model_servers(scratch / "model-servers", 2),
     ]
-    apply(cluster, folders)
+    first = apply(cluster, folders)
+    assert first.code == 0, first.text
     servers = cluster.get("pods", "--namespace=llm-d", "--selector=app.kubernetes.io/name=model-server")
     endpoints = {pod["metadata"]["name"]: pod["status"]["podIP"] for pod in servers}
-    apply(cluster, [*folders, workload.gateway(scratch / "gateway", scratch / "state", endpoints)])
+    second = apply(cluster, [*folders, workload.gateway(scratch / "gateway", scratch / "state", endpoints)])
+    assert second.code == 0, second.text
     gateway = f"http://{cluster.address('gateway', workload.STAND_INS)}"
     store = f"http://{cluster.address('store', workload.STAND_INS)}:{workload.STORE_PORT}"
     agent = f"http://{cluster.address('collector-agent', 'llmtrace')}"
@@ -71,11 +73,18 @@ def stack(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return scratch / "stack.json"
 
 
-def apply(cluster: Cluster, folders: list[Path]) -> None:
-    played = cluster.play(
-        "site.yml", "--tags=manifests", cluster_manifests=list(map(str, folders)), cluster_manifests_timeout_s=420
+def apply(cluster: Cluster, folders: list[Path], timeout_s: int = 420) -> Played:
+    """Run site.yml as for a cluster that is there already: with its kubeconfig and nothing else."""
+    inventory = cluster.lab.folder / "kubeconfig-only.json"
+    inventory.write_text(json.dumps({"kubernetes": {"hosts": {"the-lab": {}}}}))
+    return cluster.play(
+        "site.yml",
+        inventory=inventory,
+        cluster_kubeconfig=str(cluster.kubeconfig),
+        cluster_kubectl=str(cluster.bundle / "programs/kubectl"),
+        cluster_manifests=list(map(str, folders)),
+        cluster_manifests_timeout_s=timeout_s,
     )
-    assert played.code == 0, played.text
 
 
 def llmtrace(cluster: Cluster, stack: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -142,9 +151,7 @@ def test_what_never_gets_ready_is_named_with_its_reason(cluster: Cluster, tmp_pa
         },
     }
     folder = workload.write(tmp_path / "broken", {}, [broken])
-    played = cluster.play(
-        "site.yml", "--tags=manifests", cluster_manifests=[str(folder)], cluster_manifests_timeout_s=20
-    )
+    played = apply(cluster, [folder], timeout_s=20)
     assert played.code != 0
     assert "Deployment default/broken has 0 of 1 pods ready (broken-" in played.words
     assert 'Container image "llmtrace.test/nowhere:1" is not present' in played.words

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.timeout(900)
 LEFT = """
 ls -d /etc/kubernetes /etc/containerd/* /var/lib/kubelet /var/lib/etcd /var/lib/llmtrace /usr/local/bin/kube* \\
   /opt/cni/bin/bridge /etc/systemd/system/kubelet.service 2>/dev/null || true
-pgrep -a 'kube|etcd|containerd' || true
+grep -lE '^(kube|etcd|containerd)' /proc/[0-9]*/comm || true
 dpkg-query -W containerd runc 2>/dev/null || true
 ip -brief link show cni0 2>/dev/null || true
 """
