@@ -156,7 +156,7 @@ def _write_layer(layer: Path, program: Path | None, packages: Sequence[Path]) ->
 
 def _add_package(tar: tarfile.TarFile, package: Path, written: set[str]) -> None:
     """Add the files of a Debian package; a folder that several have is added once."""
-    command = ["dpkg-deb", "--fsys-tarfile", package]
+    command = ["dpkg-deb", "--fsys-tarfile", str(package)]
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE) as unpack,  # noqa: S603
         tarfile.open(fileobj=unpack.stdout, mode="r|") as source,

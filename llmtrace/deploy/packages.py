@@ -34,7 +34,7 @@ def fetch(folder: Path, packages: Sequence[str], mirror: str, suite: str) -> Non
             f"deb {signed}{mirror} {suite} main\ndeb {signed}{mirror} {suite}-updates main\n"
             f"deb {signed}{mirror.rstrip('/')}-security {suite}-security main\n"
         )
-        options = {
+        options: dict[str, Path | str] = {
             "Dir::State": root,
             "Dir::State::lists": root / "lists",
             "Dir::State::status": root / "status",
@@ -78,7 +78,7 @@ def index(folder: Path) -> None:
     """Write the index that makes ``folder`` a flat repository (deb(5), "trusted")."""
     entries = []
     for archive in sorted(folder.glob("*.deb")):
-        command = ["dpkg-deb", "--field", archive]
+        command = ["dpkg-deb", "--field", str(archive)]
         fields = subprocess.run(command, capture_output=True, text=True, check=True).stdout.rstrip()  # noqa: S603
         size = archive.stat().st_size
         entries.append(f"{fields}\nFilename: ./{archive.name}\nSize: {size}\nSHA256: {sha256(archive)}\n")
