@@ -73,7 +73,7 @@ class CallbackModule(CallbackBase):
         self.started = self.task_started = time.monotonic()
         self.heartbeat = None
         self.failed = False
-        self.said = None
+        self.said = False
 
     def say(self, text, color=None):
         """Print a line with the time since the start."""
@@ -89,6 +89,7 @@ class CallbackModule(CallbackBase):
         """Start the heartbeat of a long task."""
         self.end_heartbeat()
         self.task_started = time.monotonic()
+        self.said = False
         if "expected_seconds" in task.vars:
             self.heartbeat = Heartbeat(self.say, task.get_name(), float(task.vars["expected_seconds"]))
             self.heartbeat.start()
@@ -124,9 +125,9 @@ class CallbackModule(CallbackBase):
             detail += ": " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in took_s.items())
         # Of several hosts that did the same thing, one speaks for all.
         line = f"{status:8} {task.get_name()}{'' if status == 'ok' else on(result)}{detail}"
-        if status == "changed" or self.said is not task:
+        if status == "changed" or not self.said:
             self.say(line, color)
-        self.said = task
+        self.said = True
         if self._display.verbosity:
             self._display.display(self._dump_results(result.result))
 
@@ -159,8 +160,9 @@ class CallbackModule(CallbackBase):
         self.fail(result)
 
     def v2_runner_on_unreachable(self, result):
-        """Print a host that cannot be reached."""
-        self.fail(result)
+        """Print a host that cannot be reached, unless a later task says so."""
+        if not result.task.ignore_unreachable:
+            self.fail(result)
 
     def v2_playbook_on_stats(self, stats):
         """Print the recap."""
