@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,7 +53,12 @@ class Cluster:
                 *(("--extra-vars", json.dumps(variables)) if variables else ()),
                 *arguments,
             ),
-            env={**os.environ, "ANSIBLE_CONFIG": str(CHECKOUT / "ansible.cfg")},
+            env={
+                **os.environ,
+                "ANSIBLE_CONFIG": str(CHECKOUT / "ansible.cfg"),
+                # A run of its own logs in: it takes no connection that an earlier one left.
+                "ANSIBLE_SSH_CONTROL_PATH_DIR": tempfile.mkdtemp(prefix="llmtrace-ssh-"),
+            },
             capture_output=True,
             text=True,
             timeout=900,

@@ -87,7 +87,12 @@ def test_a_group_with_a_typo(cluster: Cluster, tmp_path: Path) -> None:
     inventory["wrokers"] = inventory.pop("workers")
     path = tmp_path / "inventory.json"
     path.write_text(json.dumps(inventory))
-    refused(cluster, "wrokers, and site.yml knows local, control_plane, workers", "gpu-1, gpu-2", inventory=path)
+    refused(
+        cluster,
+        "groups are control_plane, wrokers, and site.yml knows",
+        "(hosts in none of them: gpu-1, gpu-2)",
+        inventory=path,
+    )
 
 
 def test_no_bundle(cluster: Cluster, tmp_path: Path) -> None:
