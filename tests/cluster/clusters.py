@@ -45,26 +45,28 @@ class Cluster:
         """Run a playbook in the lab's network."""
         inventory = inventory or self.lab.write_inventory(self.lab.folder / "inventory.json", self.variables())
         started = time.monotonic()
-        done = subprocess.run(
-            self.lab.inside(
-                Path(sys.executable).parent / "ansible-playbook",
-                f"--inventory={inventory}",
-                CHECKOUT / "playbooks" / playbook,
-                *(("--extra-vars", json.dumps(variables)) if variables else ()),
-                *arguments,
-            ),
-            env={
-                **os.environ,
-                "ANSIBLE_CONFIG": str(CHECKOUT / "ansible.cfg"),
-                # A run of its own logs in: it takes no connection that an earlier one left.
-                "ANSIBLE_SSH_CONTROL_PATH_DIR": tempfile.mkdtemp(prefix="llmtrace-ssh-"),
-            },
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
-            stdin=subprocess.DEVNULL,
+        command = self.lab.inside(
+            Path(sys.executable).parent / "ansible-playbook",
+            f"--inventory={inventory}",
+            CHECKOUT / "playbooks" / playbook,
+            *(("--extra-vars", json.dumps(variables)) if variables else ()),
+            *arguments,
         )
+        # A run logs in anew: it takes no connection that an earlier one left.
+        with tempfile.TemporaryDirectory(prefix="llmtrace-ssh-") as connections:
+            done = subprocess.run(
+                command,
+                env={
+                    **os.environ,
+                    "ANSIBLE_CONFIG": str(CHECKOUT / "ansible.cfg"),
+                    "ANSIBLE_SSH_CONTROL_PATH_DIR": connections,
+                },
+                capture_output=True,
+                text=True,
+                timeout=900,
+                check=False,
+                stdin=subprocess.DEVNULL,
+            )
         text = done.stdout + done.stderr
         changes = {host: int(count) for host, count in re.findall(r"\] (\S+): ok=\d+, changed=(\d+)", text)}
         return Played(done.returncode, text, changes, time.monotonic() - started)
