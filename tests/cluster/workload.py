@@ -33,7 +33,15 @@ LIBC = ["libc6", "libgcc-s1", "gcc-12-base"]
 SYSTEM = [
     *(*LIBC, "libstdc++6", "libnuma1", "zlib1g", "libexpat1", "libssl3", "libffi8", "libbz2-1.0", "liblzma5"),
     *("libsqlite3-0", "libreadline8", "libncursesw6", "libtinfo6", "libuuid1", "libcrypt1", "libbsd0", "libmd0"),
-    *("python3-minimal", "python3.11-minimal", "libpython3.11-minimal", "libpython3.11-stdlib", "dash"),
+    *(
+        "python3-minimal",
+        "python3.11-minimal",
+        "libpython3.11-minimal",
+        "libpython3.11-stdlib",
+        "dash",
+        "util-linux",
+        "libsmartcols1",
+    ),
 ]
 IMAGES: list[dict[str, Any]] = [
     {
