@@ -8,7 +8,7 @@ UV_VERSION := 0.13.9
 UV ?= $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 RUN := $(UV) run --frozen --all-extras --all-groups --no-sync
 
-.PHONY: help demo up down check format generate test test-unit test-local kubernetes bench bench-overhead
+.PHONY: help demo up down check format generate test test-unit test-local test-cluster kubernetes bench bench-overhead
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -56,7 +56,10 @@ test-local: kubernetes ## Tests against the real local stack (stands it up first
 
 test: check kubernetes ## Everything that CI runs
 	$(RUN) llmtrace up
-	$(RUN) pytest tests
+	$(RUN) pytest tests --ignore=tests/cluster
+
+test-cluster: .venv/.synced ## Tests on a cluster of three machines, which are made for it (root; needs what `make up` installs)
+	$(RUN) pytest tests/cluster -x
 
 bench: .venv/.synced ## Benchmarks: ratios measured side by side in one run
 	$(RUN) python -m bench

@@ -8,12 +8,13 @@ import asyncio
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
 import pytest
 from engine_faults import FILE, INSTALL, SECRET
-from engine_servers import MODEL, ModelServer, describe_package, in_trace, new_trace_id, serving
+from engine_servers import CHECKOUT, MODEL, ModelServer, describe_package, in_trace, new_trace_id, serving, tiny_model
 from engine_trees import trees
 from engine_workload import LIKELY, STOPS, Planned, completion, send
 from loopback import Receiver, receiving, until
@@ -31,25 +32,34 @@ HOOKED = {
     if body is not None
 }
 """Every function that a hook runs, and what the log calls its place."""
-AT_START = "_configured"
+AT_START, WITH_A_DEVICE = "_configured", "_device_ready"
+"""Run once, when a server starts: in the API server, and in the engine core."""
+OF_RANKS = "_dummy"
+"""Runs where data-parallel ranks wait for each other."""
 PLACES = {
-    **{body: place for body, place in HOOKED.items() if body != AT_START},
+    **{body: place for body, place in HOOKED.items() if body not in (AT_START, WITH_A_DEVICE, OF_RANKS)},
     "_seen": "SpanProcessor.on_start",
     "_make": "making spans",
 }
 DROPS = ("publish", "the metric of drops")
 """Runs once, with the first span of a server."""
+IN_STEPS = (OF_RANKS, "_beginning", "_beginning_dummy", "_ended", "_routed", "before", "after", "_make")
+"""What runs in the steps of a mixture of experts, of the phases' marks any."""
+RANKS = 2
 FAULTS = [(*DROPS, "before"), *((*place, moment) for place in PLACES.items() for moment in ("before", "after"))]
 API_SERVER, ENGINE_CORE = "APIServer", "EngineCore"
 """What vLLM puts before the lines of a process in the log."""
 FAULT = "llmtrace: fault in "
+SHIM = CHECKOUT / "playbooks/roles/servers/files"
+"""What vLLM's CPU back end lacks of expert parallelism."""
 ANSWERS = {"max_tokens": 6, "temperature": 0.5, "seed": 5, "ignore_eos": True}
 
 
 class Faulty:
     """A server with the plugin that makes the other one fail."""
 
-    def __init__(self, folder: Path, receiver: Receiver, **environment: str) -> None:
+    def __init__(self, folder: Path, receiver: Receiver, *experts: str, **environment: str) -> None:
+        """With arguments, a mixture of experts on data-parallel ranks."""
         plugin = folder / "plugin"
         describe_package(plugin, "llmtrace-faults", "0", "[vllm.general_plugins]\nfaults = engine_faults:register\n")
         shutil.copy(Path(__file__).with_name("engine_faults.py"), plugin)
@@ -60,9 +70,11 @@ class Faulty:
         self.server = ModelServer(
             folder,
             receiver,
-            *("--max-model-len", "4096", "--max-num-seqs", "4"),
-            path=[plugin],
+            *("--max-model-len", "4096", "--max-num-seqs", "4", *experts),
+            engines=RANKS if experts else 1,
+            path=[plugin, *([SHIM] if experts else [])],
             environment={FILE: str(self._order), **environment},
+            model=tiny_model("moe") if experts else None,
         )
 
     def order(self, place: str = "", moment: str = "before") -> None:
@@ -142,7 +154,7 @@ def test_fault(faulty: Faulty, function: str, place: str, moment: str) -> None:
     until(lambda: len(faulty.faults()) > known, f"the fault in {function}")
     (line,) = faulty.faults()[known:]
     process = line.removeprefix("(").split()[0]
-    assert process == (ENGINE_CORE if place.startswith("Scheduler.") else API_SERVER)
+    assert process == (ENGINE_CORE if place.startswith(("Scheduler.", "EngineCore.")) else API_SERVER)
     faulty.check_silence(process)
     assert faulty.faults()[known:] == [line]
     assert f"{FAULT}{place} (RuntimeError in faulty, line " in line
@@ -177,4 +189,51 @@ def test_fault_at_the_start(receiver: Receiver, tmp_path: Path) -> None:
     lines = [line for line in faulty.server.text().splitlines() if "llmtrace: no engine spans: RuntimeError" in line]
     assert any(line.startswith(f"({ENGINE_CORE} ") for line in lines)
     assert not any(line.startswith(f"({API_SERVER} ") for line in lines)
+    assert SECRET not in faulty.server.text()
+
+
+def test_fault_where_the_device_is_ready(receiver: Receiver, tmp_path: Path) -> None:
+    faulty = Faulty(tmp_path, receiver)
+    faulty.order(WITH_A_DEVICE)
+    with serving(faulty.server):
+        assert len(faulty.usual) == 4
+    (line,) = faulty.faults()
+    assert f"{FAULT}{HOOKED[WITH_A_DEVICE]} (RuntimeError in faulty, line " in line
+
+
+def test_faults_in_the_steps_of_a_mixture_of_experts(receiver: Receiver, tmp_path: Path) -> None:
+    """Each switches the steps of its process off, in both processes; all requests are answered whole."""
+    steps = {"LLMTRACE_STEP_EVERY": "1", "LLMTRACE_EXPERTS_EVERY": "1"}
+    faulty = Faulty(tmp_path, receiver, "--enable-expert-parallel", **steps)
+
+    def ask() -> list[str]:
+        """Two requests at once, one for each rank, of which one is longer; the ids of their traces."""
+        traces = {new_trace_id(): tokens for tokens in (4, 40)}
+
+        def one(trace_id: str) -> int:
+            asked = faulty.server.complete(trace_id, prompt="Any", max_tokens=traces[trace_id], ignore_eos=True)
+            tokens: int = asked.raise_for_status().json()["usage"]["completion_tokens"]
+            return tokens
+
+        with ThreadPoolExecutor(len(traces)) as pool:
+            assert list(pool.map(one, traces)) == list(traces.values())
+        return list(traces)
+
+    def lines() -> list[str]:
+        return [line for line in faulty.faults() if ENGINE_CORE in line.split()[0]]
+
+    with serving(faulty.server):
+        for function in IN_STEPS:
+            known = len(lines())
+            faulty.order(function)
+            ids = ask()
+            until(lambda known=known: len(lines()) == known + RANKS, f"a fault in {function} of each rank")
+            if function != OF_RANKS:  # which is one of the hooks of requests
+                assert [len(receiver.wait(trace_id, 4)) for trace_id in ids] == [4, 4]
+        faulty.order()
+        known = len(lines())
+        ids = ask()
+        spans = [span for trace_id in ids for span in receiver.wait(trace_id, 4)]
+        assert all(span.links for span in spans if span.name in (names.PREFILL_SPAN, names.DECODE_SPAN))
+        assert len(lines()) == known
     assert SECRET not in faulty.server.text()

@@ -30,6 +30,12 @@ HIDDEN_ACTIONS = {
 }
 
 
+def on(result):
+    """Which host it was, where it was not this machine."""
+    name = result.host.get_name()
+    return "" if name == "localhost" else f" on {name}"
+
+
 class Heartbeat(threading.Thread):
     """Announces a long task and says every HEARTBEAT_S seconds that it goes on."""
 
@@ -67,6 +73,7 @@ class CallbackModule(CallbackBase):
         self.started = self.task_started = time.monotonic()
         self.heartbeat = None
         self.failed = False
+        self.said = False
 
     def say(self, text, color=None):
         """Print a line with the time since the start."""
@@ -82,6 +89,7 @@ class CallbackModule(CallbackBase):
         """Start the heartbeat of a long task."""
         self.end_heartbeat()
         self.task_started = time.monotonic()
+        self.said = False
         if "expected_seconds" in task.vars:
             self.heartbeat = Heartbeat(self.say, task.get_name(), float(task.vars["expected_seconds"]))
             self.heartbeat.start()
@@ -115,7 +123,11 @@ class CallbackModule(CallbackBase):
             detail += f": {actions}"
         elif took_s := result.result.get("took_s"):
             detail += ": " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in took_s.items())
-        self.say(f"{status:8} {task.get_name()}{detail}", color)
+        # Of several hosts that did the same thing, one speaks for all.
+        line = f"{status:8} {task.get_name()}{'' if status == 'ok' else on(result)}{detail}"
+        if status == "changed" or not self.said:
+            self.say(line, color)
+        self.said = True
         if self._display.verbosity:
             self._display.display(self._dump_results(result.result))
 
@@ -132,7 +144,7 @@ class CallbackModule(CallbackBase):
         message = result.result.get("msg") or "failed without a message; run again with -v"
         words = [text for name in ("stderr", "stdout") if (text := str(result.result.get(name) or "").strip())]
         said = "\n".join("\n".join(words).splitlines()[-20:])
-        self.say(f"{'FAILED':8} {result.task.get_name()}", constants.COLOR_ERROR)
+        self.say(f"{'FAILED':8} {result.task.get_name()}{on(result)}", constants.COLOR_ERROR)
         self._display.display(f"{message}\n{said}".rstrip(), color=constants.COLOR_ERROR, stderr=True)
         if self._display.verbosity:
             self._display.display(self._dump_results(result.result))
@@ -148,8 +160,9 @@ class CallbackModule(CallbackBase):
         self.fail(result)
 
     def v2_runner_on_unreachable(self, result):
-        """Print a host that cannot be reached."""
-        self.fail(result)
+        """Print a host that cannot be reached, unless a later task says so."""
+        if not result.task.ignore_unreachable:
+            self.fail(result)
 
     def v2_playbook_on_stats(self, stats):
         """Print the recap."""

@@ -1,0 +1,58 @@
+"""One cluster for all tests of this folder, on machines that are made for it and removed after it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import workload
+from clusters import Cluster
+from machines import CACHE, Lab, run
+
+from llmtrace.deploy.playbook import CHECKOUT
+
+BUNDLE = CACHE / "bundle-test"
+KEEP = "LLMTRACE_KEEP_MACHINES"
+"""Set, the machines are left as they are, for a look at them, and the next run begins with them."""
+
+
+@pytest.fixture(scope="session")
+def bundle() -> Path:
+    """The bundle; made from source where the cache has none, which takes a quarter of an hour."""
+    if missing := workload.missing():
+        pytest.fail(f"{missing[0]} does not exist: run `make up` once, which installs it")
+    variables = {"bundle": str(BUNDLE), "bundle_extra_images": workload.IMAGES}
+    run(
+        [
+            Path(sys.executable).parent / "ansible-playbook",
+            CHECKOUT / "playbooks/bundle.yml",
+            f"--extra-vars={json.dumps(variables)}",
+        ],
+        timeout_s=3000,
+        environment={"ANSIBLE_CONFIG": str(CHECKOUT / "ansible.cfg")},
+    )
+    return BUNDLE
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """Three machines."""
+    keep = bool(os.environ.get(KEEP))
+    folder = Path("/var/tmp/llmtrace-test") if keep else tmp_path_factory.mktemp("machines")
+    lab = Lab(folder, ["cp-1", "gpu-1", "gpu-2"], workload.SHARED)
+    try:
+        lab.start()
+        yield lab
+    finally:
+        if not keep:
+            lab.stop()
+
+
+@pytest.fixture(scope="session")
+def cluster(lab: Lab, bundle: Path) -> Cluster:
+    """The machines with what site.yml needs; nothing is installed yet, or by an earlier test."""
+    return Cluster(lab, bundle, lab.folder / "kubeconfig")

@@ -1,0 +1,44 @@
+"""What site.yml says of an inventory that is not right, before it has reached a host."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmtrace.deploy import playbook
+
+HOSTS = {"hosts": {"node-1": {"ansible_host": "192.0.2.1"}}}
+
+
+def refusal(tmp_path: Path, inventory: dict[str, Any]) -> str:
+    path = tmp_path / "inventory.json"
+    path.write_text(json.dumps(inventory))
+    done = subprocess.run(
+        [Path(sys.executable).parent / "ansible-playbook", "-i", path, playbook.playbooks_dir() / "site.yml"],
+        env=os.environ | {"ANSIBLE_CONFIG": str(playbook.CHECKOUT / "ansible.cfg")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode != 0, done.stdout
+    assert "Traceback" not in done.stderr
+    return " ".join((done.stdout + done.stderr).split())
+
+
+@pytest.mark.parametrize(
+    ("inventory", "words"),
+    [
+        ({"control_plane": HOSTS, "wrokers": {"hosts": {"node-2": {}}}}, "(hosts in none of them: node-2)"),
+        ({"workers": HOSTS}, "workers only with a control_plane: correct the groups' names"),
+        ({"control_plane": HOSTS}, "there is no bundle in /nowhere: make one with"),
+    ],
+)
+def test_what_is_wrong_is_a_sentence(tmp_path: Path, inventory: dict[str, Any], words: str) -> None:
+    assert words in refusal(tmp_path, {**inventory, "all": {"vars": {"bundle": "/nowhere"}}})
