@@ -83,11 +83,13 @@ class ExpectedSpan:
 class Expectation:
     """Everything that a scenario expects of one request's trace.
 
-    ``hints`` says for each component what to look at when it sent no spans.
+    ``hints`` says for each component what to look at when it sent no spans. With ``may_fail`` a span with an error is
+    no fault: it tells truly of something that failed.
     """
 
     spans: tuple[ExpectedSpan, ...]
     hints: Mapping[str, str]
+    may_fail: bool = False
 
     def __post_init__(self) -> None:
         keys = {e.key for e in self.spans}
@@ -239,7 +241,7 @@ class _Verification:
         if span.trace_id != self.trace.trace_id:
             component = self._component(span)
             yield self._problem(Fault.TRACE_ID, component, f"span {span.name!r} belongs to trace {span.trace_id}")
-        if span.status == "ERROR":
+        if span.status == "ERROR" and not self.expectation.may_fail:
             component = self._component(span)
             text = f": {span.status_message}" if span.status_message else ""
             yield self._problem(Fault.ERROR, component, f"span {span.name!r} of {component} ended with an error{text}")

@@ -48,3 +48,5 @@ def test_a_server_that_never_gets_ready_is_reported_with_the_reason(autoscaling_
     shown = llmtrace("answer", SCENARIO.name)
     assert shown.returncode == 0, shown.stderr
     assert f"never ready: {BROKEN}: " in " ".join(shown.stdout.split())
+    verified = llmtrace("verify", SCENARIO.name)
+    assert verified.returncode == 0, verified.stdout + verified.stderr

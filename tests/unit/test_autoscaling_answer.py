@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -271,6 +272,17 @@ def test_the_decisions_traces_are_as_expected_and_damage_is_found() -> None:
     problems = verify_trace(lost, expected(lost))
     assert {p.component for p in problems} == {"scaler"}
     assert any("no span 'autoscale.replica'" in p.message for p in problems)
+
+
+def test_a_replica_that_never_came_is_no_fault_of_the_trace() -> None:
+    """Nor is it that a decision had nothing to take away, for fewer were ready than it wanted."""
+    up, down = burst()[-2:]
+    failed = tuple(replace(s, status="ERROR") if s.name in (a.APPLY_SPAN, a.REPLICA_SPAN) else s for s in up.spans)
+    assert verify_trace(Trace(up.trace_id, failed), expected(up)) == []
+    (root,) = down.roots
+    for ready, good in ((root.attributes[a.REPLICAS_DESIRED], True), (root.attributes[a.REPLICAS_CURRENT], False)):
+        alone = Trace(down.trace_id, (replace(root, attributes={**root.attributes, a.REPLICAS_READY: ready}),))
+        assert (verify_trace(alone, expected(alone)) == []) is good
 
 
 def test_a_day_is_attributed_without_a_mistake() -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from llmtrace.scenarios.autoscaling.arms import NAME
 from llmtrace.scenarios.expectation import Expectation
 from llmtrace.scenarios.required import expectation
 from llmtrace.semconv import attributes as a
 from llmtrace.semconv.definitions import registry
-from llmtrace.traces.model import Trace
+from llmtrace.traces.model import Span, Trace
 from llmtrace.traces.tempo import TempoClient
 
-REQUEST = "request"
-EXPECTATIONS = {form: expectation(registry(), NAME, form) for form in (REQUEST, a.SCALE_UP, a.SCALE_DOWN, a.SCALE_HOLD)}
+REQUEST = expectation(registry(), NAME, "request")
+DECISIONS = {
+    form: replace(expectation(registry(), NAME, form), may_fail=True)
+    for form in (a.SCALE_UP, a.SCALE_DOWN, a.SCALE_HOLD)
+}
+"""By direction. A replica that never got ready is an error that the trace is right to tell."""
 MOST_DECISIONS = 1000
 SLACK_S = 120
 """Decisions of a run may be taken some time after its last request, and are sent when their effect is known."""
@@ -20,8 +26,18 @@ SLACK_S = 120
 def expected(trace: Trace) -> Expectation:
     """What a trace must have: of a decision by its direction, else what a request has."""
     root = next((s for s in trace.spans if s.name == a.DECISION_SPAN), None)
-    direction = root.attributes.get(a.SCALE_DIRECTION) if root else None
-    return EXPECTATIONS.get(str(direction), EXPECTATIONS[REQUEST])
+    if root is None:
+        return REQUEST
+    direction = str(root.attributes.get(a.SCALE_DIRECTION))
+    if direction == a.SCALE_DOWN and not trace.named(a.APPLY_SPAN) and _has_no_more(root):
+        direction = a.SCALE_HOLD
+    return DECISIONS.get(direction, REQUEST)
+
+
+def _has_no_more(decision: Span) -> bool:
+    """Whether no more replicas are ready than shall stay: those to go never came, and nothing is to be done."""
+    ready, desired = (decision.attributes.get(name) for name in (a.REPLICAS_READY, a.REPLICAS_DESIRED))
+    return isinstance(ready, int) and isinstance(desired, int) and ready <= desired
 
 
 def decisions(store: TempoClient, start_ns: int, end_ns: int) -> list[Trace]:
