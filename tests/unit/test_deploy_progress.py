@@ -10,6 +10,11 @@ from pathlib import Path
 from llmtrace.deploy import playbook
 
 PLAY = """
+- name: A play without hosts
+  hosts: nobody
+  tasks:
+    - {name: Never, ansible.builtin.command: "false"}
+
 - name: Some play
   hosts: localhost
   gather_facts: false

@@ -72,6 +72,7 @@ class CallbackModule(CallbackBase):
         super().__init__()
         self.started = self.task_started = time.monotonic()
         self.heartbeat = None
+        self.play = ""
         self.failed = False
         self.said = False
 
@@ -81,13 +82,16 @@ class CallbackModule(CallbackBase):
         self._display.display(f"[{elapsed // 60:2d}:{elapsed % 60:02d}] {text}", color=color)
 
     def v2_playbook_on_play_start(self, play):
-        """Name the play."""
+        """Keep the play's name until a task of it begins: a play without hosts is not worth a line."""
         mode = " (check mode: nothing is changed)" if play.check_mode else ""
-        self.say(f"{play.get_name()}{mode}")
+        self.play = f"{play.get_name()}{mode}"
 
     def v2_playbook_on_task_start(self, task, is_conditional):
-        """Start the heartbeat of a long task."""
+        """Name the play before its first task, and start the heartbeat of a long one."""
         self.end_heartbeat()
+        if self.play:
+            self.say(self.play)
+            self.play = ""
         self.task_started = time.monotonic()
         self.said = False
         if "expected_seconds" in task.vars:
