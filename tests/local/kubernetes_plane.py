@@ -29,7 +29,7 @@ from loopback import until
 
 from bench.processes import free_ports, process
 
-VARIABLES = Path(__file__).parents[2] / "playbooks" / "inventories" / "local" / "group_vars" / "all.yml"
+VERSIONS = Path(__file__).parents[2] / "playbooks" / "vars" / "versions.yml"
 ADMIN, WATCHER = "admin-token", "watcher-token"
 SYNC_S = 5
 """The HPA controller's period; 15 by default."""
@@ -38,12 +38,13 @@ READY_S = 60
 Object = dict[str, Any]
 
 
-def binaries() -> Path:
-    version = yaml.safe_load(VARIABLES.read_text())["kubernetes_version"]
-    folder = CACHE / "kubernetes" / version
-    if not folder.exists():
-        pytest.fail(f"there is no control plane in {folder}: run `make kubernetes`")
-    return folder
+def program(component: str, name: str) -> str:
+    """Path of a program that `make kubernetes` builds."""
+    version = yaml.safe_load(VERSIONS.read_text())["versions"][component]
+    path = CACHE / component / version / name
+    if not path.exists():
+        pytest.fail(f"there is no {path}: run `make kubernetes`")
+    return str(path)
 
 
 def stamp(moment: float) -> str:
@@ -186,7 +187,7 @@ class Plane:
     def api_server(self, etcd_port: int) -> Iterator[None]:
         key = self.folder / "key.pem"
         command = [
-            str(binaries() / "kube-apiserver"),
+            program("kubernetes", "kube-apiserver"),
             f"--etcd-servers=http://127.0.0.1:{etcd_port}",
             "--bind-address=127.0.0.1", "--advertise-address=127.0.0.1", f"--secure-port={self.port}",
             f"--tls-cert-file={self.certificate}", f"--tls-private-key-file={key}",
@@ -250,13 +251,14 @@ def control_plane(folder: Path) -> Iterator[Running]:
     )
     plane = Plane(folder, port, cert)
     etcd = [
-        str(binaries() / "etcd"), f"--data-dir={folder / 'etcd'}", "--unsafe-no-fsync", "--log-level=warn",
+        program("etcd", "etcd"), f"--data-dir={folder / 'etcd'}", "--unsafe-no-fsync", "--log-level=warn",
         f"--listen-client-urls=http://127.0.0.1:{etcd_port}", f"--advertise-client-urls=http://127.0.0.1:{etcd_port}",
         f"--listen-peer-urls=http://127.0.0.1:{peer_port}", f"--initial-advertise-peer-urls=http://127.0.0.1:{peer_port}",
         f"--initial-cluster=default=http://127.0.0.1:{peer_port}",
     ]  # fmt: skip
     controllers = [
-        str(binaries() / "kube-controller-manager"), f"--kubeconfig={plane.kubeconfig(ADMIN)}", "--leader-elect=false",
+        program("kubernetes", "kube-controller-manager"),
+        f"--kubeconfig={plane.kubeconfig(ADMIN)}", "--leader-elect=false",
         "--controllers=horizontal-pod-autoscaler-controller,deployment-controller,replicaset-controller",
         f"--horizontal-pod-autoscaler-sync-period={SYNC_S}s", "--horizontal-pod-autoscaler-downscale-stabilization=5s",
         "--secure-port=0",
