@@ -10,12 +10,14 @@ from pathlib import Path
 import grpc
 import httpx
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
 
 from llmtrace.deploy.supervisor import DOWN, Process, Supervisor
 from llmtrace.errors import UserError
-from llmtrace.stack import Stack
+from llmtrace.stack import Picker, Stack
 
 LOG_LINES = 15
+READY_ENDPOINTS = "llm_d_epp_ready_endpoints"
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ def wait_ready(
     """Wait until every component answers; return the seconds each took from the start of the wait.
 
     ``timeouts_s`` overrules ``default_timeout_s`` by component name. A component that stopped for good or is
-    late raises UserError, which names it and ends with the last lines of its log.
+    late raises UserError, which names it and ends with the last lines of its log; so does a picker that does not see
+    the model servers.
     """
     supervisor = Supervisor(stack.supervisor_socket)
     started = time.monotonic()
@@ -156,4 +159,32 @@ def wait_ready(
                     f"(process {process.state}). Last lines of {log}:\n{log_tail(log)}"
                 )
         time.sleep(0.5 if waiting else 0)
+    for picker in stack.pickers.values():
+        _wait_for_endpoints(stack, picker, default_timeout_s)
     return took
+
+
+def _wait_for_endpoints(stack: Stack, picker: Picker, timeout_s: float) -> None:
+    """A server answers a moment before its picker has heard of it; until then the picker sends requests away."""
+    wanted = sum(not server.standby for server in stack.servers)
+    deadline = time.monotonic() + timeout_s
+    while (seen := _ready_endpoints(picker)) is not None and seen < wanted:
+        if time.monotonic() > deadline:
+            log = stack.log_dir / f"{picker.process}.log"
+            raise UserError(
+                f"{picker.process} sees {seen:.0f} of {wanted} model servers after {timeout_s:.0f} s. "
+                f"Last lines of {log}:\n{log_tail(log)}"
+            )
+        time.sleep(0.1)
+
+
+def _ready_endpoints(picker: Picker) -> float | None:
+    """Endpoints to which the picker sends requests; None where it does not tell (llm-d's own wants a token)."""
+    try:
+        page = httpx.get(f"http://127.0.0.1:{picker.metrics_port}/metrics", timeout=2, trust_env=False)
+    except httpx.HTTPError:
+        return None
+    if page.status_code != httpx.codes.OK:
+        return None
+    families = text_string_to_metric_families(page.text)
+    return next((family.samples[0].value for family in families if family.name == READY_ENDPOINTS), None)

@@ -41,7 +41,8 @@ STOP_S = 20.0
 COMMAND_S = 240
 REQUEST_S = 60.0
 LOG_LINES = 150
-ENVIRONMENT = model_server.ENVIRONMENT | {"OTEL_BSP_SCHEDULE_DELAY": "100"}
+ENVIRONMENT = model_server.ENVIRONMENT | {"OTEL_BSP_SCHEDULE_DELAY": "100", "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT": "60"}
+"""With the exporter's own 10 s, a batch is given up where the processors have other work for as long."""
 
 
 @cache

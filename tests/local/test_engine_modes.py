@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from llmtrace.traces.model import Span
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
 
 RANKS = API_SERVERS = 2
+SPANS_S = 60.0
+"""An export may take as long where the engines and API servers of the test have all processors."""
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +103,16 @@ def test_two_engines_behind_two_api_servers(receiver: Receiver, tmp_path: Path) 
 
 def wait_for_all(server: ModelServer, receiver: Receiver, planned: list[Planned]) -> None:
     """Until every request's spans are there, and then until each API server has sent those of a later request."""
-    for request in planned:
-        until(
-            lambda request=request: (
-                len(receiver.trace(request.trace_id).named(names.SERVER_SPAN)) >= request.engine_requests
-            ),
-            f"the spans of a request of kind {request.kind}",
-        )
+
+    def missing() -> list[str]:
+        found = [(each, len(receiver.trace(each.trace_id).named(names.SERVER_SPAN))) for each in planned]
+        return [f"{each.kind}: {count}" for each, count in found if count < each.engine_requests]
+
+    try:
+        until(lambda: not missing(), "every request's llm_request", SPANS_S)
+    except pytest.fail.Exception as failure:
+        said = [line for line in server.text().splitlines() if re.search("export|span|llmtrace|ERROR", line)]
+        pytest.fail("\n".join([f"{failure}; there are only, of", *missing(), *said]))
     seen: set[object] = set()
     for _ in range(40):
         trace_id = new_trace_id()

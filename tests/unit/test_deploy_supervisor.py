@@ -8,12 +8,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 from example_stack import STACK
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1.health import HealthServicer
 
 from llmtrace.deploy import health
 from llmtrace.deploy.supervisor import Process, Supervisor
@@ -196,6 +201,68 @@ def test_wait_ready_says_what_it_waited_for(sandbox: Sandbox, answering: str) ->
     silent = stack_with(sandbox, answering).model_copy(update={"store": "http://127.0.0.1:1"})
     with pytest.raises(UserError, match=r"store did not answer on http://127.0.0.1:1/ready within"):
         health.wait_ready(silent, {"store": 1}, 20)
+
+
+@pytest.fixture
+def with_picker(sandbox: Sandbox, answering: str) -> Iterator[Stack]:
+    """A stack whose processes run, with a picker that says it is healthy; its metrics are the test's."""
+    for name in (*NAMES, "picker"):
+        sandbox.program(name)
+    sandbox.supervisor.launch(sandbox.conf)
+    server = grpc.server(ThreadPoolExecutor(1))
+    health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(), server)  # type: ignore[no-untyped-call]
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    picker = {"process": "picker", "grpc_port": port, "health_port": port, "metrics_port": 1, "config": "x"}
+    stack = stack_with(sandbox, answering)
+    yield Stack.model_validate(stack.model_dump() | {"pickers": {"only": picker}})
+    server.stop(None)
+
+
+@pytest.mark.parametrize("pages", [[0, 0, 1], [1]])
+def test_wait_ready_returns_when_the_picker_sees_the_servers(with_picker: Stack, pages: list[int]) -> None:
+    left = [*pages]
+    answers = serve_metrics(lambda: f'llm_d_epp_ready_endpoints{{name="pool"}} {left.pop(0)}\n')
+    with answers as port:
+        health.wait_ready(on_metrics_port(with_picker, port), {}, 20)
+    assert left == []
+
+
+def test_wait_ready_says_which_picker_does_not_see_the_servers(with_picker: Stack) -> None:
+    with (
+        serve_metrics(lambda: 'llm_d_epp_ready_endpoints{name="pool"} 0\n') as port,
+        pytest.raises(UserError, match="picker sees 0 of 1 model servers after 5 s"),
+    ):
+        health.wait_ready(on_metrics_port(with_picker, port), {}, 5)
+
+
+def test_a_picker_whose_metrics_are_not_for_everybody_is_not_asked(with_picker: Stack) -> None:
+    with serve_metrics(lambda: None) as port:
+        assert "picker" in health.wait_ready(on_metrics_port(with_picker, port), {}, 20)
+
+
+def on_metrics_port(stack: Stack, port: int) -> Stack:
+    pickers = {arm: picker.model_copy(update={"metrics_port": port}) for arm, picker in stack.pickers.items()}
+    return stack.model_copy(update={"pickers": pickers})
+
+
+@contextmanager
+def serve_metrics(page: Callable[[], str | None]) -> Iterator[int]:
+    """Serve what ``page`` gives, 401 where it gives nothing."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            text = page()
+            self.send_response(401 if text is None else 200)
+            self.end_headers()
+            self.wfile.write((text or "").encode())
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
 
 
 def test_statuses_of_a_stack_whose_supervisor_is_gone(tmp_path: Path) -> None:
