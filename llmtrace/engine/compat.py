@@ -2,7 +2,8 @@
 
 vLLM's internals move between versions. Each function that is wrapped and each name that is read stands here with what
 is used of it, why this one was chosen, and what is lost without it; nothing else of vLLM is touched. ``check`` compares
-the table with the vLLM at hand when the plugin is loaded; the contract test compares it with a vLLM's source.
+the functions with the vLLM at hand when the plugin is loaded; :mod:`llmtrace.engine.source` compares all of it with a
+vLLM's source, for the contract test and for a release that is not in CHECKED_VERSIONS.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ class Hook:
 
 @dataclass(frozen=True)
 class Name:
-    """An attribute of vLLM's objects that is read. ``optional``: without it only an attribute of a span is missing."""
+    """An attribute of vLLM's objects that is read, and what for.
+
+    ``optional``: without it only that is missing.
+    """
 
     module: str
     owner: str
@@ -54,6 +58,11 @@ class Name:
     def path(self) -> str:
         """How people name it."""
         return f"{self.module}.{self.owner}.{self.attribute}"
+
+    @property
+    def without(self) -> str:
+        """What the traces lack if it is gone."""
+        return self.reason if self.optional else f"every span of the engine ({self.reason})"
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ import importlib
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from llmtrace.engine.collector import Collector
-from llmtrace.engine.compat import HOOKS, Moved, check, is_checked, owner_of
+from llmtrace.engine.compat import HOOKS, NAMES, Moved, check, is_checked, owner_of
 from llmtrace.engine.frontend import Frontend
 from llmtrace.engine.hooks import After, Before, Guard, logger, wrap
 from llmtrace.engine.steps import ids
@@ -135,7 +136,8 @@ def install() -> None:
     plugin = Plugin()
     _installed.append(plugin)
     found, moved = check()
-    report(_version(), moved)
+    version = _version()
+    report(version, [*moved, *_names_gone(version)])
     if any(name not in found for name in _ALL_NEEDED):
         return
     _wrap_all(plugin, found)
@@ -152,13 +154,23 @@ def report(version: str, moved: list[Moved]) -> None:
     """One line where something is missing, or where this vLLM is not one that was checked."""
     if moved:
         gone = "; ".join(f"{item.entry.path} ({item.what})" for item in moved)
-        lost = sorted({getattr(item.entry, "without", "") for item in moved})
+        lost = sorted({item.entry.without for item in moved})
         logger.warning("llmtrace: vLLM %s lacks %s. Missing therefore: %s", version, gone, "; ".join(lost))
     elif not is_checked(version):
         logger.info(
-            "llmtrace: vLLM %s is newer or older than those that llmtrace was checked with; every hook point is there",
+            "llmtrace: vLLM %s is newer or older than those that llmtrace was checked with; all that it uses is there",
             version,
         )
+
+
+def _names_gone(version: str) -> list[Moved]:
+    """What is read of vLLM's objects and is not in this version's source; of the checked ones it is known to be."""
+    if is_checked(version):
+        return []
+    from llmtrace.engine.source import lacking
+
+    package = importlib.import_module("vllm").__file__
+    return lacking(Path(package).parent, NAMES) if package else []
 
 
 def _version() -> str:

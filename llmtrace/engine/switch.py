@@ -12,7 +12,7 @@ TRACES_ENDPOINT = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 TRACES_PROTOCOL = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
 PROTOCOL = "OTEL_EXPORTER_OTLP_PROTOCOL"
-_HTTP = "http/protobuf"
+_GRPC, _HTTP = "grpc", "http/protobuf"
 
 
 def traces_endpoint(environment: Mapping[str, str]) -> str | None:
@@ -28,7 +28,7 @@ def traces_endpoint(environment: Mapping[str, str]) -> str | None:
     if own := environment.get(TRACES_ENDPOINT):
         return own
     endpoint = environment.get(ENDPOINT)
-    if endpoint and environment.get(TRACES_PROTOCOL, environment.get(PROTOCOL)) == _HTTP:
+    if endpoint and (environment.get(TRACES_PROTOCOL) or environment.get(PROTOCOL)) == _HTTP:
         return endpoint.rstrip("/") + "/v1/traces"
     return endpoint or None
 
@@ -36,7 +36,8 @@ def traces_endpoint(environment: Mapping[str, str]) -> str | None:
 def switch_on(config: Any, *, log_stats: bool = True, environment: MutableMapping[str, str] = os.environ) -> None:
     """Do for vLLM's configuration what ``--otlp-traces-endpoint`` does, if only the variables ask for it.
 
-    Not without statistics: vLLM takes the times of ``llm_request`` from them, and a request would fail.
+    Not without statistics: vLLM takes the times of ``llm_request`` from them, and a request would fail. Not with a
+    protocol that vLLM does not speak: it would not start.
     """
     observability = config.observability_config
     endpoint = traces_endpoint(environment)
@@ -45,7 +46,10 @@ def switch_on(config: Any, *, log_stats: bool = True, environment: MutableMappin
     if not log_stats:
         logger.warning("llmtrace: no tracing by OTEL_* variables: vLLM's needs its statistics (--disable-log-stats)")
         return
-    if protocol := environment.get(PROTOCOL):
-        environment.setdefault(TRACES_PROTOCOL, protocol)  # the only one that vLLM reads
+    protocol = environment.get(TRACES_PROTOCOL) or environment.get(PROTOCOL) or _GRPC
+    if protocol not in (_GRPC, _HTTP):
+        logger.warning("llmtrace: no tracing by OTEL_* variables: vLLM speaks %s and %s only", _GRPC, _HTTP)
+        return
+    environment[TRACES_PROTOCOL] = protocol  # the only one that vLLM reads
     observability.otlp_traces_endpoint = endpoint
     logger.info("llmtrace: tracing switched on by OTEL_* variables")

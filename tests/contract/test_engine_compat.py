@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import ast
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-from vllm_names import attributes, class_of, lacking
 from vllm_source import PINS, SourceUnavailableError, fetch, folder
 
+from llmtrace.engine import plugin
 from llmtrace.engine.compat import CHECKED_VERSIONS, HOOKS, NAMES, STEP_HOOKS, Hook, Name
+from llmtrace.engine.source import attributes, class_of, lacking
 from llmtrace.stack import cache_home
 
 ALL_HOOKS = (*HOOKS, *STEP_HOOKS)
@@ -99,6 +102,8 @@ def written(root: Path, hooks: Iterable[Hook] = ALL_HOOKS, names: Iterable[Name]
         bodies.setdefault(hook.module, {}).setdefault(hook.owner, []).append(f"def {hook.function}({parameters}): ...")
     for name in names:
         bodies.setdefault(name.module, {}).setdefault(name.owner, []).append(f"{name.attribute}: object")
+    (root / "vllm").mkdir(parents=True)
+    (root / "vllm/__init__.py").touch()
     for module, classes in bodies.items():
         path = root.joinpath(*module.split(".")).with_suffix(".py")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,27 +120,50 @@ def test_a_package_that_has_the_table_lacks_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("hook", ALL_HOOKS, ids=lambda hook: hook.name)
 def test_a_renamed_hook_is_named(tmp_path: Path, hook: Hook) -> None:
     hooks = [replace(h, function=f"{h.function}_v2") if h is hook else h for h in ALL_HOOKS]
-    (fault,) = lacking(written(tmp_path, hooks))
-    assert fault.startswith(f"{hook.path} is gone: without it ")
+    (moved,) = lacking(written(tmp_path, hooks))
+    assert (moved.entry, moved.what) == (hook, "it is gone")
 
 
 @pytest.mark.parametrize("hook", [hook for hook in ALL_HOOKS if hook.parameters], ids=lambda hook: hook.name)
 def test_a_moved_parameter_is_named(tmp_path: Path, hook: Hook) -> None:
     hooks = [replace(h, parameters=("first", *h.parameters)) if h is hook else h for h in ALL_HOOKS]
-    (fault,) = lacking(written(tmp_path, hooks))
-    assert fault.startswith(f"{hook.path} takes (first, {', '.join(hook.parameters)}, more), not (")
+    (moved,) = lacking(written(tmp_path, hooks))
+    assert (moved.entry, moved.what) == (hook, f"its parameters are now first, {', '.join(hook.parameters)}, more")
 
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: name.path)
 def test_a_name_that_is_gone_is_named(tmp_path: Path, name: Name) -> None:
-    (fault,) = lacking(written(tmp_path, names=[n for n in NAMES if n is not name] + [replace(name, attribute="x")]))
-    assert fault == f"{name.path} is gone ({name.reason})"
+    (moved,) = lacking(written(tmp_path, names=[n for n in NAMES if n is not name] + [replace(name, attribute="x")]))
+    assert (moved.entry, moved.what) == (name, "it is gone")
 
 
 def test_a_class_and_a_module_that_are_gone_are_named(tmp_path: Path) -> None:
     package = written(tmp_path, (hook for hook in ALL_HOOKS if hook.name != "create_engine_config"))
-    (fault,) = lacking(package)
-    assert fault.startswith("vllm.engine.arg_utils.EngineArgs is gone")
+    (moved,) = lacking(package)
+    assert moved.what == "vllm.engine.arg_utils.EngineArgs is gone"
     scheduler = written(tmp_path / "other", ALL_HOOKS, (name for name in NAMES if name.owner != "PrefillStats"))
-    assert len(lacking(scheduler)) == 3
-    assert all(fault.startswith("vllm.v1.metrics.stats.PrefillStats is gone") for fault in lacking(scheduler))
+    assert [moved.what for moved in lacking(scheduler)] == 3 * ["vllm.v1.metrics.stats.PrefillStats is gone"]
+
+
+def test_a_package_without_its_source_is_not_judged(tmp_path: Path) -> None:
+    assert lacking(tmp_path) == []
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.99.0"])
+def test_a_release_that_was_not_checked_is_looked_at_when_the_plugin_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: str
+) -> None:
+    """One line says what it lacks and what the traces will miss; the hooks that are there work."""
+    package = written(tmp_path, names=(name for name in NAMES if name.attribute not in ("lora_request", "get_blocks")))
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setattr(sys.modules["vllm"], "__file__", str(package / "__init__.py"), raising=False)
+    monkeypatch.setattr(plugin, "_installed", [])
+    monkeypatch.setattr(plugin, "_version", lambda: version)
+    monkeypatch.setattr(plugin, "check", lambda: ({}, []))
+    plugin.install()
+    if version == "0.32.0":
+        assert caplog.text == ""
+    else:
+        (record,) = caplog.records
+        assert "vllm.v1.request.Request.lora_request (it is gone)" in record.getMessage()
+        assert record.getMessage().endswith("Missing therefore: LoRA adapter; blocks of a KV load")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import pytest
 from commands import llmtrace
+from loopback import Receiver, receiving
 
 from llmtrace.scenarios.autoscaling import SCENARIO as AUTOSCALING
 from llmtrace.scenarios.pd_disaggregation import SCENARIO as PD
 from llmtrace.scenarios.wide_ep import SCENARIO as WIDE_EP
+from llmtrace.semconv.conformance import check
 from llmtrace.stack import Stack
 
 pytest.register_assert_rewrite("engine_servers", "engine_trees", "engine_workload")
@@ -46,6 +49,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def began() -> float:
     """When the first of these tests began, in seconds since the epoch: what the store had before is not theirs."""
     return time.time()
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[Receiver]:
+    """What the module's own servers send their spans to; at the end, all of them must be as the registry says."""
+    with receiving() as receiver:
+        yield receiver
+        assert check(map(receiver.trace, receiver.trace_ids())).findings == []
 
 
 @pytest.fixture(scope="module")

@@ -89,6 +89,12 @@ def tiny_model(kind: str = "dense") -> Path:
     return _made(f"model/tiny-{kind}-{digest}", lambda folder: _run(vllm_python(), script, folder, kind))
 
 
+def tiny_adapter(folder: Path) -> Path:
+    """A LoRA adapter for the dense tiny model."""
+    _run(vllm_python(), Path(__file__).with_name("tiny_adapter.py"), tiny_model(), folder)
+    return folder
+
+
 def _made(name: str, make: Callable[[Path], None]) -> Path:
     """The folder ``name`` of the kit's cache; made first, completely or not at all, if it is not there."""
     folder = cache_home() / name
@@ -113,7 +119,10 @@ def _run(*command: str | Path) -> None:
 
 
 class ModelServer:
-    """A vLLM server on a free port, in a process group of its own."""
+    """A vLLM server on a free port, in a process group of its own.
+
+    Its tracing is switched on by vLLM's flag, or, without ``flag``, by OpenTelemetry's variables alone.
+    """
 
     def __init__(
         self,
@@ -124,6 +133,7 @@ class ModelServer:
         path: Sequence[Path] = (),
         environment: dict[str, str] | None = None,
         model: Path | None = None,
+        flag: bool = True,
     ) -> None:
         self.engines = engines
         self.port = free_port()
@@ -133,6 +143,7 @@ class ModelServer:
             for name, value in os.environ.items()
             if not name.startswith(("OTEL_", "VLLM_")) and not name.lower().endswith("_proxy")
         }
+        switch = {} if flag else {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": receiver.url}
         places = os.pathsep.join(map(str, (*path, plugin_folder())))
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -149,11 +160,12 @@ class ModelServer:
                         str(KV_CACHE_BYTES),
                     ),
                     *("--distributed-executor-backend", model_server.EXECUTOR),
-                    *("--enable-prompt-tokens-details", "--otlp-traces-endpoint", receiver.url, *arguments),
+                    *(("--otlp-traces-endpoint", receiver.url) if flag else ()),
+                    *("--enable-prompt-tokens-details", *arguments),
                 ],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**inherited, **ENVIRONMENT, "PYTHONPATH": places, **(environment or {})},
+                env={**inherited, **ENVIRONMENT, **switch, "PYTHONPATH": places, **(environment or {})},
                 start_new_session=True,
             )
         self.client = self.connect()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,10 +50,16 @@ class Planned:
 
 @dataclass(frozen=True)
 class Answered:
-    """A request and the usage that its answer states; None where there is none."""
+    """A request, when it was sent and answered (ns since the epoch), and the usage that its answer states, if any.
+
+    ``first_ns`` is when the first byte of content came; of an answer in one piece, all of it.
+    """
 
     planned: Planned
     usage: dict[str, Any] | None
+    sent_ns: int
+    first_ns: int
+    answered_ns: int
 
 
 def completion(kind: str, prompt: str | list[str], tokens: int, **more: Any) -> Planned:
@@ -139,7 +146,9 @@ async def send(server: ModelServer, planned: Iterable[Planned], at_once: int) ->
 
         async def one(request: Planned) -> Answered:
             async with gate:
-                return Answered(request, await answer(connection, request))
+                sent_ns = time.time_ns()
+                usage, first_ns = await answer(connection, request)
+                return Answered(request, usage, sent_ns, first_ns, time.time_ns())
 
         return await asyncio.gather(*map(one, planned))
 
@@ -148,14 +157,14 @@ def client(server: ModelServer) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=server.client.base_url, timeout=REQUEST_S, trust_env=False, limits=httpx.Limits())
 
 
-async def answer(connection: httpx.AsyncClient, request: Planned) -> dict[str, Any] | None:
-    """Send one, check the status of its answer, and return the usage that it states."""
+async def answer(connection: httpx.AsyncClient, request: Planned) -> tuple[dict[str, Any] | None, int]:
+    """Send one, check the status of its answer, and return the usage that it states and when its content began."""
     if not request.body.get("stream"):
         response = await connection.post(request.path, json=request.body, headers=request.headers)
         assert response.status_code == request.status, (request.kind, response.text)
-        usage: dict[str, Any] | None = response.json().get("usage")
-        return usage
-    usage = None
+        return response.json().get("usage"), time.time_ns()
+    usage: dict[str, Any] | None = None
+    first_ns = 0
     async with connection.stream("POST", request.path, json=request.body, headers=request.headers) as response:
         assert response.status_code == request.status, (request.kind, await response.aread())
         chunks = 0
@@ -166,7 +175,14 @@ async def answer(connection: httpx.AsyncClient, request: Planned) -> dict[str, A
             event = json.loads(line.removeprefix("data: "))
             assert "error" not in event, event
             usage = event.get("usage") or usage
+            if not first_ns and any(map(_content, event["choices"])):
+                first_ns = time.time_ns()
             if chunks == request.hang_up_after:
-                return None
+                return None, first_ns
     assert request.hang_up_after is None, f"{request.kind} ended before its client could hang up"
-    return usage
+    return usage, first_ns or time.time_ns()
+
+
+def _content(choice: dict[str, Any]) -> str | None:
+    content: str | None = choice["text"] if "text" in choice else choice["delta"].get("content")
+    return content

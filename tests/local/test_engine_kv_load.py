@@ -17,10 +17,9 @@ import httpx
 import pytest
 from engine_servers import BLOCK_SIZE, ModelServer, in_trace, new_trace_id, nixl_folder, serving
 from engine_trees import Tree, settle, trees
-from loopback import Receiver, free_port, receiving, sample_sum, until
+from loopback import Receiver, free_port, sample_sum, until
 
 from llmtrace.semconv import attributes as names
-from llmtrace.semconv.conformance import check
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
 
@@ -48,12 +47,6 @@ def server_of(folder: Path, receiver: Receiver, role: str, policy: str) -> Model
         path=[nixl_folder()],
         environment={"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())},
     )
-
-
-@pytest.fixture(scope="module")
-def receiver() -> Iterator[Receiver]:
-    with receiving() as receiver:
-        yield receiver
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +139,6 @@ def test_loads_one_after_the_other(pair: tuple[ModelServer, ModelServer], receiv
     assert grown("nixl_xfer_time_seconds_count") == len(found)
     transfers = sum(tree.number(names.KV_LOAD_TRANSFER_TIME) for tree in found)
     assert transfers == pytest.approx(1000 * grown("nixl_xfer_time_seconds_sum"), abs=TRANSFER_MS)
-    assert check(receiver.trace(trace_id) for trace_id, _ in traces).findings == []
 
 
 def test_loads_side_by_side(pair: tuple[ModelServer, ModelServer], receiver: Receiver) -> None:

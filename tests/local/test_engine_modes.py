@@ -6,17 +6,15 @@ import asyncio
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_servers import MODEL, ModelServer, in_trace, new_trace_id, serving
+from engine_servers import MODEL, ModelServer, in_trace, new_trace_id, serving, tiny_adapter
 from engine_trees import settle, trees
 from engine_workload import Planned, completion, mixed, send
-from loopback import Receiver, receiving, sample_sum, until
+from loopback import Receiver, sample_sum, until
 
 from llmtrace.semconv import attributes as names
-from llmtrace.semconv.conformance import check
 from llmtrace.traces.model import Span
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
@@ -24,12 +22,6 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
 RANKS = API_SERVERS = 2
 SPANS_S = 60.0
 """An export may take as long where the engines and API servers of the test have all processors."""
-
-
-@pytest.fixture(scope="module")
-def receiver() -> Iterator[Receiver]:
-    with receiving() as receiver:
-        yield receiver
 
 
 def test_speculative_decoding(receiver: Receiver, tmp_path: Path) -> None:
@@ -60,7 +52,21 @@ def test_speculative_decoding(receiver: Receiver, tmp_path: Path) -> None:
         if drafts:
             assert tree.said(names.ACCEPTANCE_RATE) == tree.number(names.ACCEPTED_TOKENS) / drafts
         assert tree.number(names.OUTPUT_TOKENS) == tree.vllm(names.VLLM_COMPLETION_TOKENS)
-    assert check(receiver.trace(request.trace_id) for request in planned).findings == []
+
+
+def test_adapters_by_a_server_that_opentelemetrys_variables_switched_on(receiver: Receiver, tmp_path: Path) -> None:
+    adapter = f"tiny-adapter={tiny_adapter(tmp_path / 'adapter')}"
+    arguments = ("--max-model-len", "1024", "--enable-lora", "--max-lora-rank", "8", "--lora-modules", adapter)
+    server = ModelServer(tmp_path, receiver, *arguments, flag=False)
+    plain = [completion("plain", f"{number} without", 4) for number in range(3)]
+    adapted = [completion("adapted", f"{number} with", 4, model="tiny-adapter") for number in range(3)]
+    with serving(server):
+        asyncio.run(send(server, [*plain, *adapted], 6))
+        settle(server, receiver)
+    for request in (*plain, *adapted):
+        (tree,) = trees(receiver.trace(request.trace_id))
+        said = {span.attributes.get(names.LORA) for span in tree.phases}
+        assert said == {"tiny-adapter" if request.kind == "adapted" else None}
 
 
 def api_server_of(span: Span) -> object:

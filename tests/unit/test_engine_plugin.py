@@ -623,6 +623,18 @@ def test_switch(caplog: pytest.LogCaptureFixture) -> None:
     assert environment["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] == "grpc"
 
 
+@pytest.mark.parametrize("name", ["OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"])
+def test_a_protocol_that_would_keep_vllm_from_starting_switches_nothing_on(
+    caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    config = SimpleNamespace(observability_config=SimpleNamespace(otlp_traces_endpoint=None))
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318", name: "http/json"}
+    switch_on(config, environment=environment)
+    assert config.observability_config.otlp_traces_endpoint is None
+    assert environment[name] == "http/json"
+    assert "vLLM speaks grpc and http/protobuf only" in caplog.text
+
+
 class Owner:
     def same(self, request: object, extra: int = 0) -> None: ...
     def changed(self, other: object) -> None: ...

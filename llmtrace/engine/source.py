@@ -1,4 +1,4 @@
-"""What of llmtrace.engine's table a vLLM lacks, by its source, which need not run."""
+"""What of the table of :mod:`llmtrace.engine.compat` a vLLM lacks, by its source, which need not run."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from llmtrace.engine.compat import HOOKS, NAMES, STEP_HOOKS, Hook, Name
+from llmtrace.engine.compat import HOOKS, NAMES, STEP_HOOKS, Hook, Moved, Name
 
 
-def lacking(vllm: Path, hooks: Sequence[Hook] = (*HOOKS, *STEP_HOOKS), names: Sequence[Name] = NAMES) -> list[str]:
-    """A sentence for each entry of the table that the package ``vllm`` does not have, or has changed."""
-    found = [*(_fault_of_hook(vllm, hook) for hook in hooks), *(_fault_of_name(vllm, name) for name in names)]
-    return [fault for fault in found if fault]
+def lacking(vllm: Path, entries: Sequence[Hook | Name] = (*HOOKS, *STEP_HOOKS, *NAMES)) -> list[Moved]:
+    """The entries that the package ``vllm`` does not have, or has changed; none where it comes without its source."""
+    if not (vllm / "__init__.py").exists():
+        return []
+    found = [(entry, _fault(vllm, entry)) for entry in entries]
+    _tree.cache_clear()  # tens of megabytes
+    return [Moved(entry, fault) for entry, fault in found if fault]
 
 
 def class_of(vllm: Path, module: str, owner: str) -> ast.ClassDef | None:
@@ -38,26 +41,24 @@ def attributes(owner: ast.ClassDef) -> set[str]:
     return found
 
 
-def _fault_of_hook(vllm: Path, hook: Hook) -> str:
-    owner = class_of(vllm, hook.module, hook.owner) if hook.owner else None
-    if hook.owner and owner is None:
-        return f"{hook.module}.{hook.owner} is gone: without it {hook.without}"
-    body = owner.body if owner else _tree(vllm, hook.module)
+def _fault(vllm: Path, entry: Hook | Name) -> str:
+    owner = class_of(vllm, entry.module, entry.owner) if entry.owner else None
+    if entry.owner and owner is None:
+        return f"{entry.module}.{entry.owner} is gone"
+    if isinstance(entry, Hook):
+        return _fault_of_hook(owner.body if owner else _tree(vllm, entry.module), entry)
+    return "" if owner is not None and entry.attribute in attributes(owner) else "it is gone"
+
+
+def _fault_of_hook(body: list[ast.stmt], hook: Hook) -> str:
     functions = (node for node in body if isinstance(node, ast.FunctionDef) and node.name == hook.function)
     function = next(functions, None)
     if function is None:
-        return f"{hook.path} is gone: without it {hook.without}"
+        return "it is gone"
     parameters = tuple(argument.arg for argument in function.args.args[1 if hook.owner else 0 :])
     if parameters[: len(hook.parameters)] != hook.parameters:
-        return f"{hook.path} takes ({', '.join(parameters)}), not ({', '.join(hook.parameters)}) first"
+        return f"its parameters are now {', '.join(parameters)}"
     return ""
-
-
-def _fault_of_name(vllm: Path, name: Name) -> str:
-    owner = class_of(vllm, name.module, name.owner)
-    if owner is None:
-        return f"{name.module}.{name.owner} is gone ({name.reason})"
-    return "" if name.attribute in attributes(owner) else f"{name.path} is gone ({name.reason})"
 
 
 @cache
