@@ -174,7 +174,7 @@ def test_the_scaler_reads_what_is_rendered_for_it(autoscaled: Path) -> None:
 def test_servers_beyond_the_fewest_are_described_and_not_started(autoscaled: Path) -> None:
     starts = {name: program_section(autoscaled, name)["autostart"] for name in ("vllm-0", "vllm-1", "vllm-2", "envoy")}
     assert starts == {"vllm-0": "true", "vllm-1": "false", "vllm-2": "false", "envoy": "true"}
-    assert [entry["name"] for entry in read(autoscaled / "endpoints.yaml")["endpoints"]] == ["vllm-0"]
+    assert [entry["name"] for entry in read(autoscaled / "scaled-endpoints.yaml")["endpoints"]] == ["vllm-0"]
     command = shlex.split(program_section(autoscaled, "vllm-1")["command"])
     assert command[command.index("--served-model-name") + 1 :][:2] == ["smollm2-135m", "smollm2-135m-reports"]
     assert command[command.index("--max-num-seqs") + 1] == "4"
