@@ -5,15 +5,13 @@ from __future__ import annotations
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from llmtrace.scenarios.wide_ep.steps import PHASES, Floats, Integers, Steps
+from llmtrace.scenarios.wide_ep.steps import Floats, Integers, Steps
 from llmtrace.scenarios.wide_ep.waiting import waited
-
-PARTS = (*PHASES, "other")
-"""What a step's time is made of."""
 
 
 class Share(BaseModel):
-    """A rank, or all ranks of a node. ``ms`` are means over its steps by part of :data:`PARTS`.
+    """A rank, or all ranks of a node. ``ms`` are means over its steps by part of
+    :data:`~llmtrace.scenarios.wide_ep.steps.PARTS`, and add up to ``step_ms``.
 
     ``waited_ms`` is what of the collectives it waited for the last rank, in the mean; ``dummy`` and ``padded`` are
     steps and tokens that it computed for nobody.
@@ -67,7 +65,7 @@ def slowest_layers(steps: Steps) -> list[Layer]:
 
 def _shares(steps: Steps, key: Integers) -> list[Share]:
     counts = np.bincount(key)
-    parts = np.column_stack([steps.phases, steps.other])
+    parts = steps.parts
 
     def mean(values: Floats) -> Floats:
         total: Floats = np.bincount(key, weights=values, minlength=len(counts)) / np.maximum(counts, 1)
