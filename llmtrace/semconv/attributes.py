@@ -458,6 +458,8 @@ PROTOCOL_VERSION = "network.protocol.version"
 """The version of HTTP."""
 USER_AGENT = "user_agent.original"
 """The user agent of the client."""
+POD_NAME = "k8s.pod.name"
+"""The name of the pod."""
 
 # picker.yaml
 PICKER_SERVICE = "llm-d-epp"

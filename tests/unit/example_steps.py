@@ -23,11 +23,12 @@ def step(
     clock_ms: Mapping[int, float] | None = None,
     tokens: Sequence[int] = (),
     late_ms: Mapping[int, float] | None = None,
+    pods: Mapping[int, str] | None = None,
     phased: bool = True,
 ) -> Trace:
     """The trace of a step. Times are the work of single ranks where it is not the usual; ``clock_ms`` is how far the
     clock of a node is ahead; ``tokens`` are those that every rank sent to each expert. ``late_ms`` is how much later a
-    rank begins. A step that is not ``phased`` is a replayed CUDA graph.
+    rank begins. ``pods`` are those of nodes. A step that is not ``phased`` is a replayed CUDA graph.
 
     The other ranks begin together. Before the experts and after them stands a collective, which takes TRANSFER_MS from
     the moment at which the last rank comes to it.
@@ -75,7 +76,7 @@ def step(
                 start_ns=start + round(late[r] * 1e6),
                 end_ns=start + round(combined * 1e6),
                 attributes=attributes,
-                resource={"service.name": a.SERVER_SERVICE},
+                resource={"service.name": a.SERVER_SERVICE} | ({a.POD_NAME: pods[node]} if pods else {}),
             )
         )
     return Trace(f"{number + 1:032x}", tuple(spans))

@@ -165,6 +165,21 @@ def test_the_terminal_and_the_report_show_it(found: WideEpAnswer) -> None:
     assert "<script src" not in html
 
 
+def test_the_pods_of_ranks_are_told_where_they_have_any(found: WideEpAnswer) -> None:
+    assert {share.pod for share in found.steps.by_rank} == {""}
+    assert "pod" not in shown(found)
+    pods = {0: "decode-0", 1: "decode-0-1"}
+    slow = {2: EXPERTS_MS + SLOW_MS}
+    before = step(0, RANKS, ranks_per_node=2, experts_ms=slow, pods={0: "decode-0", 1: "gone"})
+    found = answer("r", [block(0), before, step(1, RANKS, ranks_per_node=2, experts_ms=slow, pods=pods)])
+    assert [share.pod for share in found.steps.by_rank] == ["decode-0", "decode-0", "decode-0-1", "decode-0-1"]
+    assert [share.pod for share in found.steps.by_node] == ["", ""]
+    assert [straggler.pod for straggler in found.steps.stragglers] == ["decode-0-1"]
+    assert found.verdict.startswith("Rank 2 on node-1 (decode-0-1) comes last")
+    assert shown(found).count("decode-0-1") == 3
+    assert wide_ep.SCENARIO.html(found).count("<td>decode-0-1") == 3
+
+
 def test_steps_of_replayed_graphs_alone() -> None:
     made = [step(n, RANKS, tokens=[9, 1, 0, 0], late_ms={2: SLOW_MS * (n != 4)}, phased=False) for n in range(5)]
     found = answer("r", [block(1), request(1, 0, made[:1], made[1:]), *made])

@@ -158,7 +158,7 @@ def _last(found: StepsAnswer) -> str:
     if not found.stragglers:
         return "No step says its phases, and no rank begins late: who is slow within a step is not known."
     first = found.stragglers[0]
-    who, steps = f"{first.rank} on {first.node}", "the steps"
+    who, steps = f"{first.rank} on {first.node}" + (f" ({first.pod})" if first.pod else ""), "the steps"
     if found.unknown:
         steps += " that do not say their phases" if first.phase == START else " that say their phases"
     if first.share <= CLEAR_SHARE:

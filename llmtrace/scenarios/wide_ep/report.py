@@ -33,9 +33,12 @@ def wide_ep_html(found: WideEpAnswer) -> str:
         _shares("node", steps.by_node, steps.parts),
         "<h2>Ranks that came last</h2>",
         table(
-            ["rank", "node", "steps", "share", "the others waited, ms", "in all, ms", "slower in"],
+            ["rank", "node", "pod", "steps", "share", "the others waited, ms", "in all, ms", "slower in"],
             [
-                (str(s.rank), s.node, str(s.steps), f"{s.share:.1%}", f"{s.delay_ms:.2f}", f"{s.total_ms:.0f}", s.phase)
+                (
+                    *(str(s.rank), s.node, s.pod, str(s.steps), f"{s.share:.1%}", f"{s.delay_ms:.2f}"),
+                    *(f"{s.total_ms:.0f}", s.phase),
+                )
                 for s in steps.stragglers
             ],
         ),
@@ -114,10 +117,10 @@ def _map(
 
 def _shares(kind: str, shares: list[Share], parts: Sequence[str]) -> str:
     return table(
-        [kind, "node", "steps", "tokens", "step", *parts, "waited", "dummy steps", "padded tokens"],
+        [kind, "node", "pod", "steps", "tokens", "step", *parts, "waited", "dummy steps", "padded tokens"],
         [
             (
-                *(share.node if share.rank is None else str(share.rank), share.node, str(share.steps)),
+                *(share.node if share.rank is None else str(share.rank), share.node, share.pod, str(share.steps)),
                 *(f"{share.tokens}", f"{share.step_ms:.2f}", *(f"{ms:.2f}" for ms in share.ms[: len(parts)])),
                 *(f"{share.waited_ms:.2f}", str(share.dummy), str(share.padded)),
             )

@@ -53,7 +53,8 @@ class Steps:
     milliseconds, not a number where the span says none of them. ``layer`` is the slowest MoE layer, -1 where it is
     not told, and ``layer_ms`` how long it took. ``partial`` counts the steps that were left out because a rank's span
     is not there, or there twice, or says some of its phases only. ``sent`` is ranks by experts: the tokens that each
-    rank sent to each, over the whole steps that say so; without columns where none does.
+    rank sent to each, over the whole steps that say so; without columns where none does. ``pods`` are the ranks' pods
+    in the last of their steps, "" where it is not told.
     """
 
     trace_ids: tuple[str, ...]
@@ -72,6 +73,7 @@ class Steps:
     nodes: tuple[str, ...]
     partial: int
     sent: Integers
+    pods: tuple[str, ...]
 
     @property
     def count(self) -> int:
@@ -131,6 +133,7 @@ def read_steps(traces: Iterable[Trace], left_out: Callable[[Trace], object] = la
     nodes: dict[str, int] = {}
     partial = 0
     sent: dict[int, Integers] = {}
+    pods: dict[int, str] = {}
     for trace in traces:
         spans = [span for span in trace.spans if span.name == a.STEP_SPAN]
         if not spans:
@@ -145,6 +148,8 @@ def read_steps(traces: Iterable[Trace], left_out: Callable[[Trace], object] = la
         node.extend([nodes.setdefault(text(name), len(nodes)) for name in told.pop(a.NODE)])
         start_ns.extend([span.start_ns for span in spans])
         end_ns.extend([span.end_ns for span in spans])
+        ranks = cast("array[int]", told[a.WORLD_RANK])
+        pods.update(zip(ranks, [text(span.resource.get(a.POD_NAME)) for span in spans], strict=True))
         for name, values in told.items():
             columns[name].extend(cast("array[int]", values))
         for span in spans:
@@ -180,6 +185,7 @@ def read_steps(traces: Iterable[Trace], left_out: Callable[[Trace], object] = la
         nodes=tuple(named),
         partial=partial,
         sent=_matrix(sent, 1 + int(rank.max())),
+        pods=tuple(pods.get(world, "") for world in range(1 + int(rank.max()))),
     )
 
 

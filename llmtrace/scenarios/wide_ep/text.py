@@ -69,11 +69,13 @@ def _numbers(*names: str) -> Table:
 
 
 def _shares(kind: str, names: Sequence[str], shares: Sequence[Share], parts: Sequence[str]) -> Table:
-    table = _numbers(kind, "node", "step", *parts, "waited", "dummy", "padded tokens")
+    pods = any(share.pod for share in shares)
+    table = _numbers(kind, "node", *(["pod"] if pods else []), "step", *parts, "waited", "dummy", "padded tokens")
     for name, share in zip(names, shares, strict=False):
         table.add_row(
             name,
             share.node,
+            *([share.pod] if pods else []),
             f"{share.step_ms:.2f}",
             *(f"{ms:.2f}" for ms in share.ms[: len(parts)]),
             f"{share.waited_ms:.2f}",

@@ -23,7 +23,7 @@ LATE_MS = 1.0
 
 
 class Straggler(BaseModel):
-    """A rank that others waited for. Times in milliseconds.
+    """A rank that others waited for, with its pod if it is in one. Times in milliseconds.
 
     ``steps`` are those in which it was last, and ``share`` how many that is of those that say their phases.
     ``delay_ms`` is how long the others waited in such a step, in the mean over them and the median over steps;
@@ -35,6 +35,7 @@ class Straggler(BaseModel):
     model_config = ConfigDict(frozen=True)
     rank: int
     node: str
+    pod: str
     steps: int
     share: float
     delay_ms: float
@@ -82,6 +83,7 @@ def stragglers(steps: Steps) -> list[Straggler]:
                 Straggler(
                     rank=int(rank),
                     node=steps.nodes[int(steps.node[last[mine][0]])],
+                    pod=steps.pods[int(rank)],
                     steps=int(mine.sum()),
                     share=float(mine.sum() / of.sum()),
                     delay_ms=float(np.median(delay[mine])),
