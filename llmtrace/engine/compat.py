@@ -276,7 +276,7 @@ STEP_HOOKS = (
         "EplbState",
         "rearrange",
         (),
-        "Experts move to other ranks (EPLB), within a step.",
+        "Experts move to other ranks (EPLB): when the tokens of a step are sampled, and in a pass without requests.",
         "rearrangements of experts",
     ),
 )

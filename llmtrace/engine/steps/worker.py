@@ -42,11 +42,12 @@ class StepWorker:
         self._watched: Any = None
 
     def step_bodies(self) -> Bodies:
-        """Of the hooks that run in every step."""
+        """Of the hooks that run in every step, and between steps."""
         return {
             "execute_model": (self._beginning, self._ended),
             "execute_dummy_batch": (self._beginning_dummy, self._ended),
             "eplb_mapping": (self._routed, None),
+            "rearrange": (self._rearranging, self._rearranged),
         }
 
     def phase_bodies(self) -> Bodies:
@@ -59,7 +60,6 @@ class StepWorker:
             "all_reduce": self._phase(WAIT),
             "dp_sync": self._phase(WAIT),
             "dp_sync_v2": self._phase(WAIT),
-            "rearrange": (self._rearranging, self._rearranged),
         }
 
     def _phase(self, name: str) -> tuple[Before, After]:
@@ -129,11 +129,12 @@ class StepWorker:
         if self._expert_tokens is not None:
             self._expert_tokens.count(topk_ids, _logical_experts(router))
 
-    def _rearranging(self, _state: Any, *_args: Any, **_kwargs: Any) -> int:
-        return time.perf_counter_ns()
+    def _rearranging(self, _state: Any, is_profile: bool = False, *_args: Any, **_kwargs: Any) -> int | None:
+        return None if is_profile else time.perf_counter_ns()
 
-    def _rearranged(self, began: int, *_args: Any, **_kwargs: Any) -> None:
-        self.recorder.rearranged(time.perf_counter_ns() - began)
+    def _rearranged(self, began: int | None, *_args: Any, **_kwargs: Any) -> None:
+        if began is not None:  # vLLM's warm-up moves nothing
+            self.recorder.rearranged(time.perf_counter_ns() - began)
 
 
 def _logical_experts(router: Any) -> int:
