@@ -422,6 +422,8 @@ STEPS_METRIC = "llmtrace.step.traced"
 """A rank's traced steps."""
 STEP_TOKENS_METRIC = "llmtrace.step.tokens"
 """Tokens of a rank's traced steps."""
+STEPS_DROPPED_METRIC = "llmtrace.step.dropped"
+"""Traced steps of a rank whose span was dropped since the plugin's queue was full."""
 EXPERT_LOAD_METRIC = "llmtrace.moe.expert.load"
 """Tokens that a rank sent to an expert, over all layers and steps up to its last traced one."""
 

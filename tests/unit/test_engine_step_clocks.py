@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
-from test_engine_steps import RANK, record_of, sender, spans_of
+from opentelemetry import metrics
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from test_engine_steps import RANK, moe_config, record_of, sender, spans_of
 
+from llmtrace.engine.hooks import Guard
+from llmtrace.engine.steps import worker
 from llmtrace.engine.steps.batch import Batch
-from llmtrace.engine.steps.clocks import CudaClock
+from llmtrace.engine.steps.clocks import CudaClock, HostClock
 from llmtrace.engine.steps.recorder import COMBINE, DISPATCH, EXPERTS, WAIT, Recorder, phases
 from llmtrace.semconv import attributes as names
 
@@ -139,3 +147,27 @@ def test_a_step_that_the_device_never_ends_is_given_up(cuda: Cuda, monkeypatch: 
     (span,) = spans_of(exporter, 1)
     assert span.attributes is not None
     assert span.attributes[names.STEP_NUMBER] == 2
+
+
+@pytest.mark.parametrize(("device", "clock"), [("cpu", HostClock), ("cuda", CudaClock)])
+def test_a_worker_has_the_clock_of_its_device_and_counts_what_it_drops(
+    device: str, clock: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = InMemoryMetricReader()
+    provider = MeterProvider([reader])
+    monkeypatch.setattr(metrics, "get_meter_provider", lambda: provider)
+    monkeypatch.setattr(worker, "exporter", lambda *_: InMemorySpanExporter())
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=Cuda()))
+    config = moe_config(use_ubatching=False)
+    config.scheduler_config = SimpleNamespace(max_num_batched_tokens=64)
+    found = worker.step_worker(SimpleNamespace(rank=0, device=SimpleNamespace(type=device)), config, Guard())
+    assert found is not None
+    assert type(found.recorder.clock) is clock
+    found._sender.dropped = 5
+    data = reader.get_metrics_data()
+    assert data is not None
+    points = {m.name: [*m.data.data_points] for m in data.resource_metrics[0].scope_metrics[0].metrics}
+    (point,) = points[names.STEPS_DROPPED_METRIC]
+    assert (point.value, dict(point.attributes or {})[names.WORLD_RANK]) == (5, 2)
+    config.parallel_config.use_ubatching = True
+    assert worker.step_worker(SimpleNamespace(rank=0), config, Guard()) is None

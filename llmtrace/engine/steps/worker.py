@@ -11,6 +11,7 @@ from typing import Any
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 from llmtrace.engine.compat import STEP_HOOKS, check, owner_of
+from llmtrace.engine.drops import publish_steps
 from llmtrace.engine.hooks import After, Before, Guard, logger, wrap
 from llmtrace.engine.meters import meter
 from llmtrace.engine.steps.batch import Batch, batch_of, first_rank
@@ -20,6 +21,7 @@ from llmtrace.engine.steps.ids import GROUP_VARIABLE, every, experts_every
 from llmtrace.engine.steps.recorder import COMBINE, DISPATCH, EXPERTS, WAIT, Recorder
 from llmtrace.engine.steps.sender import Rank, Sender, exporter, node_name
 from llmtrace.engine.steps.totals import Totals
+from llmtrace.semconv import attributes as names
 
 Bodies = dict[str, tuple[Before | None, After | None]]
 EAGER_ONLY = ("reduce_final_output", "all_reduce")
@@ -178,6 +180,8 @@ def step_worker(worker: Any, config: Any, guard: Guard) -> StepWorker | None:
     totals = Totals(rank.world, rank.ranks, rank.node)
     guard.run("the metrics of steps", lambda: totals.publish(meter()))
     sender = Sender(guard, clock, rank, BatchSpanProcessor(exporter(endpoint, os.environ)), totals)
+    place = {names.WORLD_RANK: rank.world, names.NODE: rank.node}
+    guard.run("the metric of drops", publish_steps, lambda: sender.dropped, place)
     # Tensor-parallel ranks route the same tokens.
     told = rank.tp == 0 and experts_every(os.environ) > 0
     counts = ExpertTokens(torch, config.scheduler_config.max_num_batched_tokens) if told else None
