@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,7 @@ from llmtrace.engine.hooks import Guard, wrap
 from llmtrace.engine.plugin import Plugin
 from llmtrace.engine.spans import phases as request_phases
 from llmtrace.engine.steps import ids
-from llmtrace.engine.steps.batch import ATTRIBUTE, Batch, Batches, batch_of
+from llmtrace.engine.steps.batch import ATTRIBUTE, MAX_LINKS, Batch, Batches, batch_of
 from llmtrace.engine.steps.recorder import COMBINE, DISPATCH, EXPERTS, WAIT, Phases, Record, Recorder, phases
 from llmtrace.engine.steps.sender import Rank, Sender, attributes, node_name
 from llmtrace.engine.steps.totals import MOST_EXPERT_SERIES, Totals
@@ -162,8 +163,33 @@ def test_a_batch_is_described() -> None:
     plain = Request("plain", None, num_prompt_tokens=5, num_computed_tokens=9)
     batches = joined(moe_scheduler(long=long, done=done, plain=plain))
     found = batch_of(scheduled(batches, {"long": 30, "done": 1, "plain": 3}))
-    assert found == Batch("g", 1, True, False, 1, 30, 2, 4, 94, 3, (SAMPLED,))
+    assert found == Batch("g", 1, True, False, 1, 30, 2, 4, 94, 3, (SAMPLED,), unlinked=0, waiting_tokens=0)
     assert found.tokens == 34
+
+
+def test_a_batch_with_more_requests_than_links_says_how_many_more() -> None:
+    many = {f"r{n}": Request(f"r{n}", None if n % 5 == 0 else {"traceparent": SAMPLED}) for n in range(100)}
+    found = batch_of(scheduled(joined(moe_scheduler(**many)), dict.fromkeys(many, 1)))
+    assert found is not None
+    assert (len(found.callers), found.unlinked) == (MAX_LINKS, 80 - MAX_LINKS)
+    said = attributes(Record(found, 0, 0.0), None, RANK)
+    assert said[names.STEP_UNLINKED_REQUESTS] == 80 - MAX_LINKS
+    assert names.STEP_UNLINKED_REQUESTS not in attributes(record_of(1), None, RANK)
+
+
+def test_the_prompt_tokens_in_the_queue() -> None:
+    scheduler = moe_scheduler(a=Request("a"))
+    queue = [Request("b", num_prompt_tokens=700), Request("c", num_prompt_tokens=50)]
+    scheduler.waiting = deque(queue)
+    batches = joined(scheduler)
+    found = batch_of(scheduled(batches, {"a": 1}))
+    assert found is not None
+    assert attributes(Record(found, 0, 0.0), None, RANK)[names.STEP_WAITING_TOKENS] == 750
+    scheduler.waiting = iter(queue)
+    found = batch_of(scheduled(batches, {"a": 1}))
+    assert found is not None
+    assert found.waiting_tokens is None
+    assert names.STEP_WAITING_TOKENS not in attributes(Record(found, 0, 0.0), None, RANK)
 
 
 def test_what_travels_is_plain() -> None:

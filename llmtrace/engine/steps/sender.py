@@ -160,6 +160,8 @@ def attributes(record: Record, found: Phases | None, rank: Rank) -> dict[str, At
         names.STEP_DECODE_TOKENS: batch.decode_tokens,
         names.STEP_KV_READ_TOKENS: batch.kv_read_tokens,
         names.STEP_WAITING_REQUESTS: batch.waiting_requests,
+        names.STEP_WAITING_TOKENS: batch.waiting_tokens,
+        names.STEP_UNLINKED_REQUESTS: batch.unlinked or None,
         names.STEP_PADDED_TOKENS: record.padded_tokens,
         names.DP_RANK: rank.dp,
         names.WORLD_RANK: rank.world,
