@@ -21,7 +21,7 @@ def publish_steps(
     dropped: Callable[[], int], rank: Mapping[str, str | int], environment: Mapping[str, str] = os.environ
 ) -> None:
     """The same of the steps of one rank."""
-    about = "Steps without their rank's span: its queue was full"
+    about = "Steps without their rank's span: its queue was full, or the device never came to their end"
     _publish(names.STEPS_DROPPED_METRIC, "{step}", about, dropped, rank, environment)
 
 

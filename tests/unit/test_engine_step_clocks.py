@@ -147,6 +147,7 @@ def test_a_step_that_the_device_never_ends_is_given_up(cuda: Cuda, monkeypatch: 
     (span,) = spans_of(exporter, 1)
     assert span.attributes is not None
     assert span.attributes[names.STEP_NUMBER] == 2
+    assert each.dropped == 1
 
 
 @pytest.mark.parametrize(("device", "clock"), [("cpu", HostClock), ("cuda", CudaClock)])

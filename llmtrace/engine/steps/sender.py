@@ -127,6 +127,7 @@ class Sender:
         deadline = time.monotonic() + MARKS_S
         while not self._clock.passed(record.end):
             if time.monotonic() > deadline:
+                self.dropped += 1
                 return
             time.sleep(PAUSE_S)
         batch = record.batch
