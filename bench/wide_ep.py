@@ -1,4 +1,4 @@
-"""Measures the answer about steps of many ranks: processor seconds and memory; exit code 1 where it needs more than it may.
+"""Measures the answer about steps of many ranks: processor seconds and memory; exit code 1 beyond what it may need.
 
 ``python -m bench.wide_ep [--ranks N] [--steps N] [--experts N] [--requests N] [--graphs] [--json]``. The steps are the
 tests' synthetic ones, each of new spans with random work, read from one trace at a time as ``llmtrace answer`` does;

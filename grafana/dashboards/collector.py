@@ -69,19 +69,15 @@ SPANS = Row(
         ),
         Panel(
             "Dropped by the senders",
-            "Before the Collector, in the last five minutes: requests and steps whose spans vLLM's plugin dropped since "
-            "a queue was full, and spans that Envoy dropped.",
+            "Before the Collector, in the last five minutes: requests and steps whose spans vLLM's plugin dropped "
+            "since a queue was full, and spans that Envoy dropped.",
             "short",
             (
                 Query(
-                    f"sum by (service_instance_id) (increase(llmtrace_engine_dropped_requests_total{{{REQUEST}}}[5m]))",
-                    "requests of {{service_instance_id}}",
+                    f"sum by (service_instance_id) (increase(llmtrace_engine_dropped_requests_total{{{REQUEST}}}[5m]) "
+                    f"or increase(llmtrace_step_dropped_total{{{REQUEST}}}[5m]))",
+                    "requests and steps of {{service_instance_id}}",
                     may_be_empty="the plugin sends it once a minute from its first spans on, and not with tracing off",
-                ),
-                Query(
-                    f"sum by (service_instance_id) (increase(llmtrace_step_dropped_total{{{REQUEST}}}[5m]))",
-                    "steps of {{service_instance_id}}",
-                    may_be_empty="only mixtures of experts have it, and not with tracing off",
                 ),
                 Query(
                     "sum by (instance) "

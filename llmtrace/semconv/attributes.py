@@ -427,7 +427,8 @@ STEPS_METRIC = "llmtrace.step.traced"
 STEP_TOKENS_METRIC = "llmtrace.step.tokens"
 """Tokens of a rank's traced steps."""
 STEPS_DROPPED_METRIC = "llmtrace.step.dropped"
-"""Traced steps of a rank whose span was dropped: the plugin's queue was full, or the device never came to the step's end."""
+"""Traced steps of a rank whose span was dropped: the plugin's queue was full, or the device never came to the step's
+end."""
 EXPERT_LOAD_METRIC = "llmtrace.moe.expert.load"
 """Tokens that a rank sent to an expert, over all layers and steps up to its last traced one."""
 

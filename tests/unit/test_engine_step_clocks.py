@@ -86,7 +86,7 @@ def a_step(cuda: Cuda, recorder: Recorder) -> None:
     cuda.launched_ms += 2.0
     phase(WAIT, 0.5)
     recorder.forward_begins(4)
-    for experts_ms in (6.0, 8.0):
+    for experts_ms in (6.0, 10.0):
         cuda.launched_ms += 3.0
         phase(DISPATCH, 1.0)
         phase(EXPERTS, experts_ms)
@@ -109,9 +109,9 @@ def test_marks_are_events_that_are_read_when_the_device_has_passed_them(cuda: Cu
     assert clock.passed(record.end)
     found = phases(record, clock)
     assert found is not None
-    assert (found.attention, found.dispatch, found.experts, found.combine, found.wait) == (6.0, 2.0, 14.0, 0.5, 0.5)
-    assert (found.layer, found.layer_ms) == (1, 9.25)
-    assert clock.ms(record.begin, record.end) == 2.0 + 0.5 + 6.0 + 2.0 + 14.0 + 0.5
+    assert (found.attention, found.dispatch, found.experts, found.combine, found.wait) == (6.0, 2.0, 16.0, 0.5, 0.5)
+    assert (found.layer, found.layer_ms) == (1, 11.25)
+    assert clock.ms(record.begin, record.end) == 2.0 + 0.5 + 6.0 + 2.0 + 16.0 + 0.5
 
 
 def test_the_span_of_a_step_has_the_device_s_times(cuda: Cuda) -> None:
@@ -127,9 +127,9 @@ def test_the_span_of_a_step_has_the_device_s_times(cuda: Cuda) -> None:
     cuda.done_ms = cuda.launched_ms
     (span,) = spans_of(exporter, 1)
     assert span.attributes is not None
-    assert (span.attributes[names.STEP_EXPERTS], span.attributes[names.STEP_WAIT]) == (14.0, 0.5)
+    assert (span.attributes[names.STEP_EXPERTS], span.attributes[names.STEP_WAIT]) == (16.0, 0.5)
     assert span.start_time is not None
-    assert span.end_time == span.start_time + 25_000_000
+    assert span.end_time == span.start_time + 27_000_000
 
 
 def test_a_step_that_the_device_never_ends_is_given_up(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,6 @@ from llmtrace.scenarios.wide_ep.steps import ATTRIBUTES, read_steps
 from llmtrace.scenarios.wide_ep.text import answer_text
 from llmtrace.scenarios.wide_ep.verify import _link_problems
 from llmtrace.scenarios.wide_ep.workload import WideEpWorkload
-from llmtrace.semconv import attributes as a
 from llmtrace.traces.model import Trace
 
 SLOW_MS = 20.0

@@ -22,7 +22,7 @@ MAX_LINKS = 64
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one forward pass runs. ``callers`` are ``traceparent`` headers of its sampled requests, of which ``unlinked``
+    """What one forward pass runs. ``callers`` are ``traceparent`` headers of its sampled requests; ``unlinked`` more
     are too many to link to. ``waiting_tokens`` are those of the prompts in the queue, cached ones included.
 
     A pass that is not traced has its group and number only; a dummy pass has no requests.

@@ -106,7 +106,7 @@ class Steps:
     def parts(self) -> Floats:
         """Rows by :data:`PARTS`, milliseconds: they add up to the row's duration."""
         phased = self.spread(self.phased)
-        found = np.column_stack([self.phases, self.other, np.zeros(len(phased))])
+        found = np.array([*self.phases.T, self.other, np.zeros(len(phased))]).T
         found[~phased] = 0.0
         found[~phased, -1] = self.duration[~phased]
         return found
@@ -176,7 +176,8 @@ def read_steps(traces: Iterable[Trace], left_out: Callable[[Trace], object] = la
         node=place[np.frombuffer(node, dtype=np.int64)],
         start_ns=np.frombuffer(start_ns, dtype=np.int64),
         end_ns=np.frombuffer(end_ns, dtype=np.int64),
-        phases=np.column_stack([np.frombuffer(columns[name], dtype=np.float64) for name in ATTRIBUTES]),
+        # By column in memory: what is asked of them is by column too.
+        phases=np.array([np.frombuffer(columns[name], dtype=np.float64) for name in ATTRIBUTES]).T,
         tokens=whole(a.STEP_PREFILL_TOKENS) + whole(a.STEP_DECODE_TOKENS),
         padded=whole(a.STEP_PADDED_TOKENS),
         dummy=whole(a.STEP_DUMMY).astype(np.bool_),
@@ -202,7 +203,7 @@ def _told(spans: Sequence[Attributes]) -> dict[str, Sequence[AttributeValue] | a
                 found[name] = array("d" if name in TIMES else "q", cast("Sequence[int]", found[name]))
     except (TypeError, OverflowError):
         return None
-    unsaid = np.isnan([found[name] for name in ATTRIBUTES])
+    unsaid = np.isnan(cast("Any", [found[name] for name in ATTRIBUTES]))
     is_whole = (
         len(spans) == found[a.STEP_RANKS][0]
         and len(set(found[a.WORLD_RANK])) == len(spans)

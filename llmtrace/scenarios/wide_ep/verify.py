@@ -73,9 +73,8 @@ def phase_faults(steps: Steps) -> Iterator[tuple[str, str]]:
     # A dummy step may have experts rearranged within it, which is none of the phases.
     least = np.where(steps.dummy, 0.0, lasted - np.maximum(OTHER_SHARE * lasted, OTHER_MS))
     for row in np.flatnonzero((told > lasted + TOLERANCE_MS) | (told < least) | (told <= 0.0)):
-        step = int(np.searchsorted(steps.starts, row, side="right")) - 1
         yield (
-            steps.trace_ids[step],
+            steps.trace_ids[int(np.searchsorted(steps.starts, row, side="right")) - 1],
             f"the phases of rank {steps.rank[row]} take {told[row]:.1f} ms, its step {lasted[row]:.1f} ms",
         )
     silent = np.isnan(steps.phases[:, 0])

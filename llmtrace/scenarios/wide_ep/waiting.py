@@ -46,14 +46,14 @@ class Straggler(BaseModel):
 def waited(steps: Steps) -> Floats:
     """How long each row's rank waited for the last one of its step, milliseconds."""
     together = _together(steps)
-    waits = together - steps.spread(np.minimum.reduceat(together, steps.starts))
+    waits: Floats = together - steps.spread(np.minimum.reduceat(together, steps.starts))
     waits[~steps.spread(steps.phased) & (waits < LATE_MS)] = 0.0
     return waits
 
 
 def _together(steps: Steps) -> Floats:
     """How long each row's rank was in what all ranks leave together: collectives, or a step of unknown phases."""
-    inside = steps.phases[:, COLLECTIVES].sum(axis=1)
+    inside = sum(steps.phases[:, i] for i in COLLECTIVES)
     found: Floats = np.where(steps.spread(steps.phased), inside, steps.duration)
     return found
 
@@ -100,7 +100,7 @@ def _where(longer: Floats) -> str:
 
 def _longer(steps: Steps, last: Integers) -> Floats:
     """By how much the last rank was longer than the mean of the others, for each step and phase of its own."""
-    own = np.column_stack([steps.phases[:, OWN_PHASES], steps.other])
+    own = np.array([*(steps.phases[:, i] for i in OWN_PHASES), steps.other]).T
     sums = np.add.reduceat(own, steps.starts, axis=0)
     others = np.maximum(steps.sizes - 1, 1)[:, None]
     difference: Floats = own[last] - (sums - own[last]) / others
