@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from dataclasses import asdict
@@ -28,7 +29,7 @@ from llmtrace.scenarios.catalogue import scenario as scenario_of
 from llmtrace.scenarios.driver import Driver, Settings
 from llmtrace.scenarios.expectation import CLOCK_TOLERANCE_MS
 from llmtrace.scenarios.prefix_cache import NAME
-from llmtrace.scenarios.runs import latest_run, load_run, wait_for
+from llmtrace.scenarios.runs import latest_run, linked_traces, load_run, wait_for
 from llmtrace.scenarios.scenario import Scenario
 from llmtrace.scenarios.smoke import send_smoke_requests
 from llmtrace.scenarios.smoke import verify as verify_traces
@@ -42,7 +43,7 @@ from llmtrace.traces.tempo import TempoClient
 FLUSH_TIMEOUT_MS = 10_000
 LOOK_BACK_S = 3600
 """How far back the smoke test looks for traces that no request is part of."""
-MIN_WIDTH = 150
+MIN_WIDTH = 170
 """Columns of output that goes into a file or a pipe."""
 
 Name = Annotated[str, typer.Argument(metavar="SCENARIO", help=f"The scenario: {' or '.join(SCENARIOS)}.")]
@@ -116,10 +117,11 @@ def answer(
     scenario = scenario_of(name)
     tempo = TempoClient(store or Stack.load().store)
     run_id = run_id or latest_run(tempo, name)
-    traces = load_run(tempo, run_id, linked=scenario.linked)
+    traces = load_run(tempo, run_id)
     spans = [s for trace in traces for s in trace.spans]
     others = scenario.also(tempo, min(s.start_ns for s in spans), max(s.end_ns for s in spans)) if spans else []
-    found = scenario.answer(run_id, [*traces, *others])
+    linked = linked_traces(tempo, traces) if scenario.linked else ()
+    found = scenario.answer(run_id, itertools.chain(traces, others, linked))
     if html is not None:
         _write(html, scenario.html(found))
     if as_json:

@@ -69,13 +69,14 @@ SPANS = Row(
         ),
         Panel(
             "Dropped by the senders",
-            "Before the Collector, in the last five minutes: requests whose spans vLLM's plugin dropped since its "
-            "queue was full, and spans that Envoy dropped.",
+            "Before the Collector, in the last five minutes: requests and steps whose spans vLLM's plugin dropped "
+            "since a queue was full, and spans that Envoy dropped.",
             "short",
             (
                 Query(
-                    f"sum by (service_instance_id) (increase(llmtrace_engine_dropped_requests_total{{{REQUEST}}}[5m]))",
-                    "requests of {{service_instance_id}}",
+                    f"sum by (service_instance_id) (increase(llmtrace_engine_dropped_requests_total{{{REQUEST}}}[5m]) "
+                    f"or increase(llmtrace_step_dropped_total{{{REQUEST}}}[5m]))",
+                    "requests and steps of {{service_instance_id}}",
                     may_be_empty="the plugin sends it once a minute from its first spans on, and not with tracing off",
                 ),
                 Query(

@@ -94,7 +94,7 @@ def _first_tokens(trace: Trace, replica: ReplicaRecord) -> Iterator[int]:
     """When each of the replica's requests in a trace gave its first token."""
     for span in trace.spans:
         waited = span.attributes.get(a.VLLM_TTFT)
-        own = replica.name in (span.instance, span.resource.get("k8s.pod.name"))
+        own = replica.name in (span.instance, span.resource.get(a.POD_NAME))
         if span.name == a.SERVER_SPAN and own and isinstance(waited, int | float):
             yield span.start_ns + int(waited * 1e9)
 
@@ -102,7 +102,7 @@ def _first_tokens(trace: Trace, replica: ReplicaRecord) -> Iterator[int]:
 def _of(replica: ReplicaRecord) -> str:
     """A condition on the spans of a replica: a local server's name is its instance's, in a cluster it is the pod's."""
     name = json.dumps(replica.name)
-    return f"(resource.service.instance.id = {name} || resource.k8s.pod.name = {name})"
+    return f"(resource.service.instance.id = {name} || resource.{a.POD_NAME} = {name})"
 
 
 def _replace(replica: ReplicaRecord, ready: Phase, loading: Span, core: Span) -> None:

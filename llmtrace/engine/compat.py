@@ -285,7 +285,7 @@ STEP_HOOKS = (
         "EplbState",
         "rearrange",
         (),
-        "Experts move to other ranks (EPLB), within a step.",
+        "Experts move to other ranks (EPLB): when the tokens of a step are sampled, and in a pass without requests.",
         "rearrangements of experts",
     ),
 )
@@ -375,6 +375,7 @@ NAMES = (
     Name(_SCHEDULER, "Scheduler", "connector", "whether KV can be loaded at all", True),
     Name(_SCHEDULER, "Scheduler", "block_size", "KV blocks held", True),
     Name(_SCHEDULER, "Scheduler", "get_request_counts", "running and waiting", True),
+    Name(_SCHEDULER, "Scheduler", "waiting", "prompt tokens in the queue", True),
     Name(_SCHEDULER, "Scheduler", "get_kv_cache_usage", "use of the KV cache", True),
     Name(_SCHEDULER, "Scheduler", "finished_recving_kv_req_ids", "a load that is over but not yet noticed", True),
     Name(_SCHEDULER, "Scheduler", "failed_recving_kv_req_ids", "failure of a KV load", True),

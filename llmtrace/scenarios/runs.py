@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from llmtrace.errors import UserError
 from llmtrace.semconv import attributes as a
@@ -16,6 +17,8 @@ HORIZON_S = 6 * 24 * 3600
 LIMIT = 5000
 """The most traces that are read of a run."""
 POLL_S = 0.5
+THREADS, AHEAD = 4, 8
+"""How many traces are read from the store at once, and how many ahead of the one that is looked at."""
 
 
 def latest_run(store: TempoClient, scenario: str) -> str:
@@ -43,21 +46,30 @@ def trace_ids(store: TempoClient, run_id: str) -> list[str]:
     return sorted({s.trace_id for s in store.search(query, start_s=_horizon(), end_s=_now(), limit=LIMIT)})
 
 
-def load_run(store: TempoClient, run_id: str, *, linked: bool = False) -> list[Trace]:
-    """All traces of a run, with ``linked`` also those to which they link; UserError when the store has none."""
+def load_run(store: TempoClient, run_id: str) -> list[Trace]:
+    """All traces of a run; UserError when the store has none."""
     ids = trace_ids(store, run_id)
     if not ids:
         raise UserError(f"the store has no traces of run {run_id}: give another run id, or leave it out for the latest")
-    found = _load(store, ids)
-    if linked:
-        others = {link.trace_id for trace in found for span in trace.spans for link in span.links}
-        found += _load(store, sorted(others.difference(ids)))
-    return found
+    return list(_read(store, ids))
 
 
-def _load(store: TempoClient, ids: Iterable[str]) -> list[Trace]:
-    with ThreadPoolExecutor(4) as pool:
-        return [trace for trace in pool.map(store.trace, ids) if trace is not None]
+def linked_traces(store: TempoClient, traces: Sequence[Trace]) -> Iterator[Trace]:
+    """The traces to which these link, one after the other: they may be too many to keep."""
+    ids = {trace.trace_id for trace in traces}
+    others = {link.trace_id for trace in traces for span in trace.spans for link in span.links}
+    return _read(store, sorted(others - ids))
+
+
+def _read(store: TempoClient, ids: Iterable[str]) -> Iterator[Trace]:
+    """Those that the store has, in order; a few are asked for ahead of the one that is read."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        ahead: deque[Future[Trace | None]] = deque()
+        for trace_id in ids:
+            ahead.append(pool.submit(store.trace, trace_id))
+            if len(ahead) > AHEAD and (trace := ahead.popleft().result()) is not None:
+                yield trace
+        yield from (trace for asked in ahead if (trace := asked.result()) is not None)
 
 
 def wait_for(

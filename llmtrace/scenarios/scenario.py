@@ -36,10 +36,10 @@ class Scenario(Generic[AnswerT]):
     are defaults. ``arm_facts`` are attributes of each arm's blocks that only the stack's configuration tells.
     ``complete`` says whether a request's trace has what ``answer`` reads; ``text`` and ``html`` show an answer,
     ``example`` is the id of a trace of it that is worth a look. With ``linked``, ``answer`` also gets the traces to
-    which those of the run link. Of the smoke test, ``smoke_requests`` are its requests, in order; ``expectation`` is
-    what each trace must have, and ``further`` finds what else is wrong with it, given its arm and the stack. ``also``
-    finds further traces of a time (nanoseconds since the epoch, its start and end) that no request is part of; the
-    answer gets them too, and the smoke test checks them.
+    which those of the run link, after all others. Of the smoke test, ``smoke_requests`` are its requests, in order;
+    ``expectation`` is what each trace must have, and ``further`` finds what else is wrong with it, given its arm and
+    the stack. ``also`` finds further traces of a time (nanoseconds since the epoch, its start and end) that no request
+    is part of; the answer gets them too, and the smoke test checks them.
     """
 
     name: str

@@ -116,6 +116,7 @@ class Scheduler:
             instance_id="engine-a",
         )
         self.requests: dict[str, Request] = {}
+        self.waiting: Iterable[Request] = deque()
         self.connector: Any = None
         self.block_size = 128
         self.finished_recving_kv_req_ids: set[str] = set()

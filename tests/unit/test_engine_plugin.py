@@ -448,6 +448,19 @@ def test_drops_are_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [point.value for point in metric.data.data_points] == [3]
 
 
+def test_drops_of_steps_are_a_metric_of_their_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = InMemoryMetricReader()
+    provider = MeterProvider([reader])
+    monkeypatch.setattr(metrics, "get_meter_provider", lambda: provider)
+    drops.publish_steps(lambda: 3, {names.WORLD_RANK: 7, names.NODE: "n0"}, {})
+    data = reader.get_metrics_data()
+    assert data is not None
+    (metric,) = data.resource_metrics[0].scope_metrics[0].metrics
+    assert metric.name == names.STEPS_DROPPED_METRIC
+    (point,) = metric.data.data_points
+    assert (point.value, point.attributes) == (3, {names.WORLD_RANK: 7, names.NODE: "n0"})
+
+
 @pytest.mark.parametrize(
     ("environment", "own"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,7 @@ from llmtrace.engine.hooks import Guard, wrap
 from llmtrace.engine.plugin import Plugin
 from llmtrace.engine.spans import phases as request_phases
 from llmtrace.engine.steps import ids
-from llmtrace.engine.steps.batch import ATTRIBUTE, Batch, Batches, batch_of
+from llmtrace.engine.steps.batch import ATTRIBUTE, MAX_LINKS, Batch, Batches, batch_of
 from llmtrace.engine.steps.recorder import COMBINE, DISPATCH, EXPERTS, WAIT, Phases, Record, Recorder, phases
 from llmtrace.engine.steps.sender import Rank, Sender, attributes, node_name
 from llmtrace.engine.steps.totals import MOST_EXPERT_SERIES, Totals
@@ -162,8 +163,33 @@ def test_a_batch_is_described() -> None:
     plain = Request("plain", None, num_prompt_tokens=5, num_computed_tokens=9)
     batches = joined(moe_scheduler(long=long, done=done, plain=plain))
     found = batch_of(scheduled(batches, {"long": 30, "done": 1, "plain": 3}))
-    assert found == Batch("g", 1, True, False, 1, 30, 2, 4, 94, 3, (SAMPLED,))
+    assert found == Batch("g", 1, True, False, 1, 30, 2, 4, 94, 3, (SAMPLED,), unlinked=0, waiting_tokens=0)
     assert found.tokens == 34
+
+
+def test_a_batch_with_more_requests_than_links_says_how_many_more() -> None:
+    many = {f"r{n}": Request(f"r{n}", None if n % 5 == 0 else {"traceparent": SAMPLED}) for n in range(100)}
+    found = batch_of(scheduled(joined(moe_scheduler(**many)), dict.fromkeys(many, 1)))
+    assert found is not None
+    assert (len(found.callers), found.unlinked) == (MAX_LINKS, 80 - MAX_LINKS)
+    said = attributes(Record(found, 0, 0.0), None, RANK)
+    assert said[names.STEP_UNLINKED_REQUESTS] == 80 - MAX_LINKS
+    assert names.STEP_UNLINKED_REQUESTS not in attributes(record_of(1), None, RANK)
+
+
+def test_the_prompt_tokens_in_the_queue() -> None:
+    scheduler = moe_scheduler(a=Request("a"))
+    queue = [Request("b", num_prompt_tokens=700), Request("c", num_prompt_tokens=50)]
+    scheduler.waiting = deque(queue)
+    batches = joined(scheduler)
+    found = batch_of(scheduled(batches, {"a": 1}))
+    assert found is not None
+    assert attributes(Record(found, 0, 0.0), None, RANK)[names.STEP_WAITING_TOKENS] == 750
+    scheduler.waiting = iter(queue)
+    found = batch_of(scheduled(batches, {"a": 1}))
+    assert found is not None
+    assert found.waiting_tokens is None
+    assert names.STEP_WAITING_TOKENS not in attributes(Record(found, 0, 0.0), None, RANK)
 
 
 def test_what_travels_is_plain() -> None:
@@ -343,6 +369,10 @@ class Counts:
     def __init__(self) -> None:
         self.begun: list[int] = []
         self.ended = 0
+        self.counted: list[tuple[str, int]] = []
+
+    def count(self, chosen: str, experts: int) -> None:
+        self.counted.append((chosen, experts))
 
     def begin(self, tokens: int) -> None:
         self.begun.append(tokens)
@@ -430,6 +460,50 @@ def test_a_fault_switches_steps_off_and_vllm_goes_on(caplog: pytest.LogCaptureFi
     assert (world.sent, world.guard.on) == ([], False)
 
 
+def test_experts_that_moved_are_told_by_the_next_traced_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM moves them when it samples the tokens of a step, which is after the worker's forward pass."""
+    world = World(every="4")
+    now_ns = 0
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: now_ns)
+
+    class EplbState:
+        def rearrange(self, is_profile: bool = False) -> str:
+            nonlocal now_ns
+            now_ns += 250_000_000
+            return "moved"
+
+    wrap(EplbState, "rearrange", world.guard, *world.steps.step_bodies()["rearrange"])
+    state = EplbState()
+    state.rearrange(is_profile=True)  # vLLM's warm-up
+    state.rearrange(True)
+    world.step(4)
+    assert state.rearrange() == "moved"
+    world.step(5, traced=False)
+    state.rearrange()
+    world.worker.execute_dummy_batch()
+    world.step(8)
+    world.step(12)
+    assert [(r.batch.number, r.rearrangements, r.rearrangement_ms) for r in world.sent] == [
+        *((4, 0, 0.0), (8, 2, 500.0), (12, 0, 0.0))
+    ]
+    said = [attributes(record, None, RANK) for record in world.sent]
+    assert [s.get(names.REARRANGEMENTS) for s in said] == [None, 2, None]
+    assert [s.get(names.REARRANGEMENT_TIME) for s in said] == [None, 500.0, None]
+
+
+@pytest.mark.parametrize("replicas", [None, 6])
+def test_tokens_are_counted_by_logical_experts(replicas: int | None) -> None:
+    """With EPLB the router's own number is that of all replicas."""
+    world = World()
+    state = SimpleNamespace(logical_replica_count=None if replicas is None else SimpleNamespace(shape=(replicas,)))
+    router = SimpleNamespace(global_num_experts=8, eplb_state=state)
+    before, _ = world.steps.step_bodies()["eplb_mapping"]
+    assert before is not None
+    before(router, "chosen")
+    before(SimpleNamespace(global_num_experts=8), "chosen")
+    assert world.counts.counted == [("chosen", replicas or 8), ("chosen", 8)]
+
+
 def test_no_phases_where_the_layers_were_not_seen() -> None:
     clock = Clock()
     recorder = Recorder(clock)
@@ -480,6 +554,21 @@ def test_phases_add_up_to_the_forward_and_the_waiting_before(
 
 
 # Spans.
+
+
+def test_a_span_says_what_its_engine_ran() -> None:
+    prompt = Request("prompt", num_prompt_tokens=100, num_computed_tokens=60)  # its second chunk
+    decode = Request("decode", None, num_prompt_tokens=20, num_computed_tokens=25)
+    scheduler = moe_scheduler(prompt=prompt, decode=decode)
+    scheduler.counts = (2, 7)
+    batch = batch_of(scheduled(joined(scheduler), {"prompt": 30, "decode": 1}))
+    assert batch is not None
+    said = attributes(Record(batch, 0, 0.0, computed_tokens=40), None, RANK)
+    assert said[names.STEP_WAITING_REQUESTS] == 7
+    assert said[names.STEP_KV_READ_TOKENS] == 60 + 25
+    assert (said[names.STEP_PREFILL_REQUESTS], said[names.STEP_PREFILL_TOKENS]) == (1, 30)
+    assert (said[names.STEP_DECODE_REQUESTS], said[names.STEP_DECODE_TOKENS]) == (1, 1)
+    assert said[names.STEP_PADDED_TOKENS] == 40 - 31
 
 
 def sender(clock: Clock, rank: Rank = RANK) -> tuple[Sender, InMemorySpanExporter]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -14,10 +14,10 @@ from test_scenario_answer import run_traces
 from llmtrace.errors import UserError
 from llmtrace.scenarios.prefix_cache import SCENARIO
 from llmtrace.scenarios.prefix_cache.workload import smoke_requests
-from llmtrace.scenarios.runs import latest_run, load_run, trace_ids, wait_for
+from llmtrace.scenarios.runs import AHEAD, latest_run, linked_traces, load_run, trace_ids, wait_for
 from llmtrace.scenarios.smoke import verify
 from llmtrace.stack import Stack
-from llmtrace.traces.model import Trace
+from llmtrace.traces.model import Link, Trace
 
 UP = Stack.model_validate(STACK)
 
@@ -70,6 +70,17 @@ def test_a_store_without_a_run_says_what_to_do() -> None:
         latest_run(store(request_trace()), "prefix-cache")
     with pytest.raises(UserError, match="no traces of run run-7"):
         load_run(store(request_trace()), "run-7")
+
+
+def test_linked_traces_are_read_as_they_are_wanted() -> None:
+    plain = [request_trace(n) for n in range(1, 41)]
+    links = tuple(Link(t.trace_id, t.spans[0].span_id) for t in plain)
+    first = Trace("a" * 32, (replace(plain[0].spans[0], links=(*links, Link("b" * 32, "c" * 16))),))
+    kept = store(*plain)
+    found = linked_traces(kept, [first, plain[0]])
+    assert next(found).trace_id == plain[1].trace_id
+    assert kept.reads <= AHEAD + 1
+    assert [t.trace_id for t in found] == sorted(t.trace_id for t in plain[2:])
 
 
 @pytest.mark.parametrize("run_id", ["", 'a" || true', "run}"])

@@ -3,61 +3,30 @@
 from __future__ import annotations
 
 import io
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from example_steps import ATTENTION_MS, EXPERTS_MS, START_NS, TRANSFER_MS, step, steps
+import typer
+from example_steps import ATTENTION_MS, EXPERTS_MS, TRANSFER_MS, block, request, step, steps
 from rich.console import Console
+from test_scenario_runs import store
+from typer.testing import CliRunner
 
+from llmtrace import cli_scenarios
 from llmtrace.scenarios import wide_ep
 from llmtrace.scenarios.facts import Served
 from llmtrace.scenarios.wide_ep.answer import WideEpAnswer, answer
 from llmtrace.scenarios.wide_ep.requests import request_steps
-from llmtrace.scenarios.wide_ep.steps import read_steps
+from llmtrace.scenarios.wide_ep.steps import ATTRIBUTES, read_steps
 from llmtrace.scenarios.wide_ep.text import answer_text
 from llmtrace.scenarios.wide_ep.verify import _link_problems
 from llmtrace.scenarios.wide_ep.workload import WideEpWorkload
-from llmtrace.semconv import attributes as a
-from llmtrace.traces.model import Link, Span, Trace
+from llmtrace.traces.model import Trace
 
 SLOW_MS = 20.0
 RANKS = 4
-
-
-def request(number: int, engine: int, prefill: list[Trace], decode: list[Trace], tokens: int = 8) -> Trace:
-    """A request's trace: the client's span, and the engine's with links to steps."""
-    trace_id = f"{number:08x}" + "f" * 24
-
-    def span(index: int, name: str, service: str, linked: list[Trace], **attributes: object) -> Span:
-        return Span(
-            trace_id=trace_id,
-            span_id=f"{index:016x}",
-            parent_id=None if index == 1 else f"{1:016x}",
-            name=name,
-            kind="CLIENT" if index == 1 else "INTERNAL",
-            start_ns=START_NS + index,
-            end_ns=START_NS + index + 1000,
-            attributes=attributes,  # type: ignore[arg-type]
-            resource={"service.name": service},
-            links=tuple(Link(t.trace_id, f"{engine + 1:016x}") for t in linked),
-        )
-
-    client = {a.RUN_ID: "r", a.ARM: "balanced", a.PAIR_ID: str(number), a.BLOCK: 0, a.TENANT: "library"}
-    engine_facts = {a.DP_RANK: engine, a.COMPUTED_TOKENS: tokens, a.PREFILL_CHUNKS: max(len(prefill), 1)}
-    return Trace(
-        trace_id,
-        (
-            span(1, "chat tiny-moe", a.CLIENT_SERVICE, [], **client),
-            span(2, a.PREFILL_SPAN, a.SERVER_SERVICE, prefill, **engine_facts),
-            span(3, a.DECODE_SPAN, a.SERVER_SERVICE, decode, **{a.DP_RANK: engine}),
-        ),
-    )
-
-
-def block(requests: int) -> Trace:
-    attributes = {a.RUN_ID: "r", a.ARM: "balanced", a.BLOCK: 0, a.BLOCK_REQUESTS: requests, a.REQUEST_MODEL: "tiny-moe"}
-    span = Span("b" * 32, "b" * 16, None, a.BLOCK_SPAN, "INTERNAL", START_NS, START_NS + 1, attributes=attributes)
-    return Trace("b" * 32, (span,))
 
 
 @pytest.fixture
@@ -114,6 +83,51 @@ def test_experts_and_ranks(found: WideEpAnswer) -> None:
     assert found.steps.sent == [[90, 10, 0, 0]] * RANKS
 
 
+def test_steps_are_read_one_after_the_other() -> None:
+    read: list[weakref.ref[Trace]] = []
+
+    def traces() -> Iterator[Trace]:
+        yield block(1)
+        yield request(1, 0, [step(0, RANKS)], [step(n, RANKS) for n in range(1, 20)])
+        for number in range(20):
+            made = step(number, RANKS)
+            read.append(weakref.ref(made))
+            yield made
+            del made
+            assert sum(ref() is not None for ref in read) <= 2
+
+    found = answer("r", traces())
+    assert (found.steps.steps, len(found.requests)) == (20, 1)
+    assert all(check.ok for check in found.checks), found.checks
+
+
+def test_the_command_reads_the_steps_to_which_requests_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [step(n, RANKS) for n in range(40)]
+    kept = store(block(1), request(1, 0, made[:1], made[1:30]), *made)
+    monkeypatch.setattr(cli_scenarios, "TempoClient", lambda _url: kept)
+    app = typer.Typer()
+    app.command()(cli_scenarios.answer)
+    done = CliRunner().invoke(app, ["wide-ep", "--run", "r", "--json", "--store", "x"], catch_exceptions=False)
+    found = WideEpAnswer.model_validate_json(done.output)
+    assert (found.steps.steps, len(found.requests)) == (30, 1)
+    assert all(check.ok for check in found.checks), found.checks
+
+
+def test_faults_of_steps_that_count_and_of_those_that_do_not() -> None:
+    whole = step(0, RANKS)
+    zero = replace(whole.spans[1], attributes={**whole.spans[1].attributes, **dict.fromkeys(ATTRIBUTES, 0.0)})
+    untrue = Trace(whole.trace_id, (whole.spans[0], zero, *whole.spans[2:]))
+    broken = Trace("c" * 32, step(1, RANKS).spans[:3])
+    found = answer("r", [block(0), untrue, broken, step(2, RANKS)])
+    assert (found.steps.steps, found.steps.partial) == (2, 1)
+    (check,) = [check for check in found.checks if check.name.startswith("a step has every rank")]
+    assert (check.ok, check.compared) == (False, 3)
+    assert check.disagreements == [
+        f"{broken.trace_id}: {RANKS} ranks stepped, and these sent no span: 3",
+        f"{untrue.trace_id}: the phases of rank 1 take 0.0 ms, its step 12.0 ms",
+    ]
+
+
 def test_a_link_to_a_step_that_is_not_there_is_told() -> None:
     made = [step(n, RANKS) for n in range(3)]
     without = request(2, 0, [], [])
@@ -137,17 +151,75 @@ def test_verify_reads_the_steps_to_which_a_request_links() -> None:
 
 
 def test_the_terminal_and_the_report_show_it(found: WideEpAnswer) -> None:
-    console = Console(width=200, record=True, file=io.StringIO())
-    for part in answer_text(found):
-        console.print(part)
-    text = console.export_text()
-    for words in ("10 steps of 4 ranks", "node-1", found.requests[0].trace_id, "fullest has 3.60 times"):
+    text = shown(found)
+    assert "unknown" not in text
+    request_id = found.requests[0].trace_id
+    for words in ("10 steps of 4 ranks", "node-1", request_id, "fullest has 3.60 times", "caused: by tokens"):
         assert words in text
     html = wide_ep.SCENARIO.html(found)
     assert "Mean ms per step, by rank and phase" in html
     assert "Tokens that each rank sent to each expert" in html
+    assert "caused, by tokens" in html
     assert found.requests[0].trace_id in html
     assert "<script src" not in html
+
+
+def test_the_pods_of_ranks_are_told_where_they_have_any(found: WideEpAnswer) -> None:
+    assert {share.pod for share in found.steps.by_rank} == {""}
+    assert "pod" not in shown(found)
+    pods = {0: "decode-0", 1: "decode-0-1"}
+    slow = {2: EXPERTS_MS + SLOW_MS}
+    before = step(0, RANKS, ranks_per_node=2, experts_ms=slow, pods={0: "decode-0", 1: "gone"})
+    found = answer("r", [block(0), before, step(1, RANKS, ranks_per_node=2, experts_ms=slow, pods=pods)])
+    assert [share.pod for share in found.steps.by_rank] == ["decode-0", "decode-0", "decode-0-1", "decode-0-1"]
+    assert [share.pod for share in found.steps.by_node] == ["", ""]
+    assert [straggler.pod for straggler in found.steps.stragglers] == ["decode-0-1"]
+    assert found.verdict.startswith("Rank 2 on node-1 (decode-0-1) comes last")
+    assert shown(found).count("decode-0-1") == 3
+    assert wide_ep.SCENARIO.html(found).count("<td>decode-0-1") == 3
+
+
+def test_steps_of_replayed_graphs_alone() -> None:
+    made = [step(n, RANKS, tokens=[9, 1, 0, 0], late_ms={2: SLOW_MS * (n != 4)}, phased=False) for n in range(5)]
+    found = answer("r", [block(1), request(1, 0, made[:1], made[1:]), *made])
+    steps = found.steps
+    assert (steps.steps, steps.unknown, steps.partial) == (5, 5, 0)
+    assert steps.unknown_ms == steps.lasted_ms
+    assert steps.experts is not None
+    assert steps.by_rank[0].ms == pytest.approx([0.0] * 6 + [steps.by_rank[0].step_ms])
+    assert steps.by_rank[0].waited_ms == pytest.approx(SLOW_MS * 4 / 5)
+    assert "Rank 2 on node-0 comes last in 80% of the steps that do not say their phases" in found.verdict
+    assert "20.0 ms for it; it begins late" in found.verdict
+    assert "even load" not in found.verdict
+    (asked,) = found.requests
+    assert (asked.waited_ms, asked.caused_ms) == (pytest.approx(4 * SLOW_MS), 0.0)
+    assert sum(asked.ms) == pytest.approx(asked.step_ms) == asked.ms[-1]
+    assert all(check.ok for check in found.checks), found.checks
+    assert WideEpAnswer.model_validate_json(found.model_dump_json()) == found  # no NaN
+    assert "5 of them do not say their phases" in shown(found)
+    assert "unknown" in shown(found)
+    assert "5 of 5 steps do not say their phases" in wide_ep.SCENARIO.html(found)
+
+
+def test_graphs_without_a_late_rank_and_graphs_beside_eager_steps() -> None:
+    graphs = [step(n, RANKS, phased=False) for n in range(2, 4)]
+    found = answer("r", [block(0), *graphs])
+    assert found.verdict == (
+        "No step says its phases, and no rank begins late: who is slow within a step is not known. "
+        "Waiting takes 0% of the steps' time."
+    )
+    eager = [step(n, RANKS, experts_ms={2: EXPERTS_MS + SLOW_MS}) for n in range(2)]
+    found = answer("r", [block(0), *eager, *graphs])
+    assert "Rank 2 on node-0 comes last in 100% of the steps that say their phases" in found.verdict
+    assert found.verdict.endswith("would have saved 47% of those that say their phases.")
+    assert found.steps.unknown_ms == pytest.approx(found.steps.lasted_ms / 2 - SLOW_MS)
+
+
+def shown(found: WideEpAnswer) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    for part in answer_text(found):
+        console.print(part)
+    return console.export_text()
 
 
 def test_no_tokens_of_experts_and_one_rank() -> None:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from llmtrace.errors import UserError
 from llmtrace.scenarios.wide_ep.clocks import skews
 from llmtrace.scenarios.wide_ep.experts import expert_load
-from llmtrace.scenarios.wide_ep.steps import read_steps
+from llmtrace.scenarios.wide_ep.steps import ATTRIBUTES, read_steps
 from llmtrace.scenarios.wide_ep.verify import step_faults
-from llmtrace.scenarios.wide_ep.waiting import balance_saving_ms, stragglers, waited
+from llmtrace.scenarios.wide_ep.waiting import LATE_MS, START, balance_saving_ms, stragglers, waited
 from llmtrace.semconv import attributes as a
 from llmtrace.traces.model import AttributeValue, Trace
 
@@ -89,6 +89,49 @@ def test_what_is_no_number_makes_a_step_not_count_and_no_more(name: str, odd: At
         assert (found.count, found.partial) == (1, 1)
 
 
+def test_a_step_without_phases_counts_for_all_the_rest() -> None:
+    graphs = [step(n, 4, tokens=[1, 2], phased=False) for n in (3, 4)]
+    found = read_steps([*steps(3, 4), *graphs])
+    assert (found.count, found.partial) == (5, 0)
+    assert found.phased.tolist() == [True] * 3 + [False] * 2
+    assert found.expert_tokens.tolist() == [8, 16]
+    assert found.parts.sum(axis=1) == pytest.approx(found.duration)
+    assert found.parts[0] == pytest.approx([ATTENTION_MS, TRANSFER_MS, EXPERTS_MS, TRANSFER_MS, 0.0, OTHER_MS, 0.0])
+    assert found.parts[-1] == pytest.approx([0.0] * 6 + [found.duration[-1]])
+    assert balance_saving_ms(found) == 0.0
+    whole = found.parts[:, -1].reshape(5, 4)[3:]
+    assert (whole == found.duration[-1]).all()
+
+
+def test_a_rank_that_begins_late_is_seen_without_phases_and_nothing_of_what_is_within() -> None:
+    slow = [step(n, 4, experts_ms={1: EXPERTS_MS + DELAY_MS}, phased=False) for n in range(3)]
+    assert stragglers(read_steps(slow)) == []
+    late = [step(n, 4, late_ms={3: DELAY_MS}, phased=False) for n in range(3, 9)]
+    found = read_steps([*slow, *late])
+    (straggler,) = stragglers(found)
+    assert (straggler.rank, straggler.phase, straggler.steps, straggler.share) == (3, START, 6, pytest.approx(6 / 9))
+    assert (straggler.delay_ms, straggler.total_ms) == pytest.approx((DELAY_MS, 6 * DELAY_MS))
+    assert waited(found).sum() == pytest.approx(6 * 3 * DELAY_MS)
+    assert stragglers(read_steps([step(0, 4, late_ms={3: LATE_MS / 2}, phased=False)])) == []
+
+
+def test_shares_of_stragglers_are_of_the_steps_that_show_them() -> None:
+    eager = [step(n, 4, experts_ms={1: EXPERTS_MS + DELAY_MS}) for n in range(3)]
+    graphs = [step(n, 4, phased=False, late_ms={2: 2 * DELAY_MS} if n == 9 else None) for n in range(3, 13)]
+    first, second = stragglers(read_steps([*eager, *graphs]))
+    assert (first.rank, first.phase, first.share) == (1, "experts", 1.0)
+    assert (second.rank, second.phase, second.share) == (2, START, pytest.approx(0.1))
+
+
+def test_phases_of_some_ranks_are_those_of_no_step() -> None:
+    whole, silent = step(0, 2).spans, step(0, 2, phased=False).spans
+    mixed = Trace(whole[0].trace_id, (whole[0], silent[1]))
+    found = read_steps([mixed])
+    assert (found.partial, found.phased.tolist()) == (0, [False])
+    assert found.parts[:, -1] == pytest.approx(found.duration)
+    assert step_faults(mixed) == ["these ranks do not say their phases, and others do: 1"]
+
+
 def test_experts_of_which_a_later_step_knows_more() -> None:
     found = read_steps([step(0, 2, tokens=[1, 2]), step(1, 2, tokens=[1, 2, 3])])
     assert found.sent.tolist() == [[2, 4, 3]] * 2
@@ -123,6 +166,7 @@ def test_a_skewed_clock_is_told_and_changes_nothing_else(ahead_ms: float) -> Non
 
 def test_a_good_step_has_no_fault() -> None:
     assert step_faults(step(0, 4)) == []
+    assert step_faults(step(0, 4, phased=False)) == []
     assert step_faults(Trace("e" * 32, ())) == []
 
 
@@ -137,3 +181,32 @@ def test_the_faults_of_a_step_are_named() -> None:
     assert more == "the phases of rank 1 take 105.0 ms, its step 12.0 ms"
     silent = replace(good[1], attributes={k: v for k, v in good[1].attributes.items() if k != a.STEP_WAIT})
     assert step_faults(Trace("a" * 32, (good[0], silent, *good[2:]))) == [f"rank 1 does not say {a.STEP_WAIT}"]
+    more_ranks = tuple(replace(span, attributes={**span.attributes, a.STEP_RANKS: 3}) for span in good)
+    (disagreeing,) = step_faults(Trace("a" * 32, more_ranks))
+    assert disagreeing.startswith("its ranks do not agree on how many they are")
+
+
+@pytest.mark.parametrize(
+    ("attention_ms", "other_ms", "dummy", "faults"),
+    [
+        (1.0, 50.0, False, 0),  # a small model's, whose process waited for its processor
+        (1000.0, 2000.0, False, 0),
+        (1.0, 200.0, False, 1),
+        (1.0, 200.0, True, 0),
+    ],
+)
+def test_phases_that_leave_too_much_of_their_step_are_told(
+    attention_ms: float, other_ms: float, dummy: bool, faults: int
+) -> None:
+    made = step(0, 2, attention_ms={0: attention_ms}, other_ms={0: other_ms}).spans
+    marked = tuple(replace(span, attributes={**span.attributes, a.STEP_DUMMY: dummy}) for span in made)
+    found = step_faults(Trace("a" * 32, marked))
+    assert len(found) == faults
+    assert all("of rank 0 take 8.0 ms, its step 208.0 ms" in fault for fault in found)
+
+
+@pytest.mark.parametrize("dummy", [True, False])
+def test_phases_that_are_all_zero_are_told(dummy: bool) -> None:
+    zero = dict.fromkeys(ATTRIBUTES, 0.0)
+    made = (replace(s, attributes={**s.attributes, **zero, a.STEP_DUMMY: dummy}) for s in step(0, 1).spans)
+    assert step_faults(Trace("a" * 32, tuple(made))) == ["the phases of rank 0 take 0.0 ms, its step 12.0 ms"]

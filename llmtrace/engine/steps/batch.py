@@ -7,6 +7,7 @@ with it, and a worker without this plugin can still read the rest.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,8 @@ MAX_LINKS = 64
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one forward pass runs. ``callers`` are ``traceparent`` headers of its sampled requests.
+    """What one forward pass runs. ``callers`` are ``traceparent`` headers of its sampled requests; ``unlinked`` more
+    are too many to link to. ``waiting_tokens`` are those of the prompts in the queue, cached ones included.
 
     A pass that is not traced has its group and number only; a dummy pass has no requests.
     """
@@ -37,6 +39,8 @@ class Batch:
     kv_read_tokens: int = 0
     waiting_requests: int | None = None
     callers: tuple[str, ...] = ()
+    unlinked: int = 0
+    waiting_tokens: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -85,6 +89,7 @@ class Batches:
     def _describe(self, tokens: Mapping[str, int]) -> tuple[Any, ...]:
         prefill_requests = prefill_tokens = decode_tokens = read = 0
         callers: list[str] = []
+        unlinked = 0
         for request_id, count in tokens.items():
             request = self._scheduler.requests.get(request_id)
             if request is None:
@@ -97,13 +102,17 @@ class Batches:
             else:
                 decode_tokens += count
             headers = request.trace_headers
-            if len(callers) < MAX_LINKS and is_sampled(headers):
+            if not is_sampled(headers):
+                continue
+            if len(callers) < MAX_LINKS:
                 callers.append(headers["traceparent"])
+            else:
+                unlinked += 1
         counts = getattr(self._scheduler, "get_request_counts", None)
         return (
             *(self.group, self.number, True, False, prefill_requests, prefill_tokens),
             *(len(tokens) - prefill_requests, decode_tokens, read, None if counts is None else int(counts()[1])),
-            tuple(callers),
+            *(tuple(callers), unlinked, _prompt_tokens(getattr(self._scheduler, "waiting", None))),
         )
 
 
@@ -111,6 +120,11 @@ def batch_of(output: Any) -> Batch | None:
     """What a SchedulerOutput says; None where it comes from elsewhere (vLLM's warm-up)."""
     told = getattr(output, ATTRIBUTE, None)
     return None if told is None else Batch(*told)
+
+
+def _prompt_tokens(queue: Any) -> int | None:
+    """Of the requests in vLLM's queue; None of one by priority, through which no cheap way leads."""
+    return sum(request.num_prompt_tokens for request in queue) if isinstance(queue, deque) else None
 
 
 def first_rank(parallel: Any) -> int:

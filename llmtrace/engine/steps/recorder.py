@@ -65,6 +65,8 @@ class Recorder:
         self._record: Record | None = None
         self._depth = 0
         self._opened: Any = None
+        self._rearrangements = 0
+        self._rearrangement_ms = 0.0
 
     def begin(self, batch: Batch) -> None:
         """The worker starts on a step."""
@@ -78,6 +80,8 @@ class Recorder:
         self.on = False
         if record is not None:
             record.end = self.clock.mark()
+            record.rearrangements, self._rearrangements = self._rearrangements, 0
+            record.rearrangement_ms, self._rearrangement_ms = self._rearrangement_ms, 0.0
         return record
 
     def drop(self) -> None:
@@ -113,10 +117,9 @@ class Recorder:
             record.inside.append((phase, self._opened, self.clock.mark()))
 
     def rearranged(self, took_ns: int) -> None:
-        """Experts were moved to other ranks, within this step."""
-        if self._record is not None:
-            self._record.rearrangements += 1
-            self._record.rearrangement_ms += took_ns / _NS_PER_MS
+        """Experts were moved to other ranks, mostly when tokens are sampled after a step; the next record tells it."""
+        self._rearrangements += 1
+        self._rearrangement_ms += took_ns / _NS_PER_MS
 
 
 def phases(record: Record, clock: Clock) -> Phases | None:

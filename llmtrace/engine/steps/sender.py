@@ -127,6 +127,7 @@ class Sender:
         deadline = time.monotonic() + MARKS_S
         while not self._clock.passed(record.end):
             if time.monotonic() > deadline:
+                self.dropped += 1
                 return
             time.sleep(PAUSE_S)
         batch = record.batch
@@ -160,6 +161,8 @@ def attributes(record: Record, found: Phases | None, rank: Rank) -> dict[str, At
         names.STEP_DECODE_TOKENS: batch.decode_tokens,
         names.STEP_KV_READ_TOKENS: batch.kv_read_tokens,
         names.STEP_WAITING_REQUESTS: batch.waiting_requests,
+        names.STEP_WAITING_TOKENS: batch.waiting_tokens,
+        names.STEP_UNLINKED_REQUESTS: batch.unlinked or None,
         names.STEP_PADDED_TOKENS: record.padded_tokens,
         names.DP_RANK: rank.dp,
         names.WORLD_RANK: rank.world,

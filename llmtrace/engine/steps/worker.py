@@ -11,6 +11,7 @@ from typing import Any
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 from llmtrace.engine.compat import STEP_HOOKS, check, owner_of
+from llmtrace.engine.drops import publish_steps
 from llmtrace.engine.hooks import After, Before, Guard, logger, wrap
 from llmtrace.engine.meters import meter
 from llmtrace.engine.steps.batch import Batch, batch_of, first_rank
@@ -20,6 +21,7 @@ from llmtrace.engine.steps.ids import GROUP_VARIABLE, every, experts_every
 from llmtrace.engine.steps.recorder import COMBINE, DISPATCH, EXPERTS, WAIT, Recorder
 from llmtrace.engine.steps.sender import Rank, Sender, exporter, node_name
 from llmtrace.engine.steps.totals import Totals
+from llmtrace.semconv import attributes as names
 
 Bodies = dict[str, tuple[Before | None, After | None]]
 EAGER_ONLY = ("reduce_final_output", "all_reduce")
@@ -42,11 +44,12 @@ class StepWorker:
         self._watched: Any = None
 
     def step_bodies(self) -> Bodies:
-        """Of the hooks that run in every step."""
+        """Of the hooks that run in every step, and between steps."""
         return {
             "execute_model": (self._beginning, self._ended),
             "execute_dummy_batch": (self._beginning_dummy, self._ended),
             "eplb_mapping": (self._routed, None),
+            "rearrange": (self._rearranging, self._rearranged),
         }
 
     def phase_bodies(self) -> Bodies:
@@ -59,7 +62,6 @@ class StepWorker:
             "all_reduce": self._phase(WAIT),
             "dp_sync": self._phase(WAIT),
             "dp_sync_v2": self._phase(WAIT),
-            "rearrange": (self._rearranging, self._rearranged),
         }
 
     def _phase(self, name: str) -> tuple[Before, After]:
@@ -129,11 +131,12 @@ class StepWorker:
         if self._expert_tokens is not None:
             self._expert_tokens.count(topk_ids, _logical_experts(router))
 
-    def _rearranging(self, _state: Any, *_args: Any, **_kwargs: Any) -> int:
-        return time.perf_counter_ns()
+    def _rearranging(self, _state: Any, is_profile: bool = False, *_args: Any, **_kwargs: Any) -> int | None:
+        return None if is_profile else time.perf_counter_ns()
 
-    def _rearranged(self, began: int, *_args: Any, **_kwargs: Any) -> None:
-        self.recorder.rearranged(time.perf_counter_ns() - began)
+    def _rearranged(self, began: int | None, *_args: Any, **_kwargs: Any) -> None:
+        if began is not None:  # vLLM's warm-up moves nothing
+            self.recorder.rearranged(time.perf_counter_ns() - began)
 
 
 def _logical_experts(router: Any) -> int:
@@ -177,6 +180,8 @@ def step_worker(worker: Any, config: Any, guard: Guard) -> StepWorker | None:
     totals = Totals(rank.world, rank.ranks, rank.node)
     guard.run("the metrics of steps", lambda: totals.publish(meter()))
     sender = Sender(guard, clock, rank, BatchSpanProcessor(exporter(endpoint, os.environ)), totals)
+    place = {names.WORLD_RANK: rank.world, names.NODE: rank.node}
+    guard.run("the metric of drops", publish_steps, lambda: sender.dropped, place)
     # Tensor-parallel ranks route the same tokens.
     told = rank.tp == 0 and experts_every(os.environ) > 0
     counts = ExpertTokens(torch, config.scheduler_config.max_num_batched_tokens) if told else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -13,9 +13,9 @@ from llmtrace.scenarios.wide_ep.breakdown import Layer, Share, by_node, by_rank,
 from llmtrace.scenarios.wide_ep.clocks import Skew, skews
 from llmtrace.scenarios.wide_ep.experts import ExpertLoad, expert_load
 from llmtrace.scenarios.wide_ep.requests import RequestSteps, request_steps
-from llmtrace.scenarios.wide_ep.steps import Steps, read_steps
-from llmtrace.scenarios.wide_ep.verify import step_faults
-from llmtrace.scenarios.wide_ep.waiting import Straggler, balance_saving_ms, stragglers, waited
+from llmtrace.scenarios.wide_ep.steps import PARTS, Steps, read_steps
+from llmtrace.scenarios.wide_ep.verify import phase_faults, step_faults, step_links
+from llmtrace.scenarios.wide_ep.waiting import START, Straggler, balance_saving_ms, stragglers, waited
 from llmtrace.semconv import attributes as a
 from llmtrace.traces.model import Trace
 
@@ -30,14 +30,16 @@ class StepsAnswer(BaseModel):
 
     ``waited_ms`` is what ranks waited for the last one, in the mean over ranks and summed over steps. ``saving_ms`` is
     what perfect balance of the experts would have saved. ``sent`` is ranks by experts, of the first
-    :data:`MATRIX_EXPERTS`.
+    :data:`MATRIX_EXPERTS`. Of the steps, ``unknown`` do not say their phases, and last ``unknown_ms``.
     """
 
     model_config = ConfigDict(frozen=True)
     steps: int
     partial: int
+    unknown: int
     ranks: int
     lasted_ms: float
+    unknown_ms: float
     waited_ms: float
     saving_ms: float
     by_rank: list[Share]
@@ -47,6 +49,11 @@ class StepsAnswer(BaseModel):
     experts: ExpertLoad | None
     sent: list[list[int]]
     skews: list[Skew]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Those of PARTS that are worth showing: ``unknown``, the last one, only where there is such a step."""
+        return PARTS if self.unknown else PARTS[:-1]
 
 
 class WideEpAnswer(BaseModel):
@@ -61,20 +68,53 @@ class WideEpAnswer(BaseModel):
     checks: list[Check]
 
 
+class _Run:
+    """The traces of a run, one pass: what is no step is kept, and of the steps only what is wrong with them.
+
+    ``stepped`` counts the steps. ``expected`` are the spans that requests link to, by their step's trace, less those
+    that are there.
+    """
+
+    def __init__(self, traces: Iterable[Trace]) -> None:
+        self._traces = traces
+        self.kept: list[Trace] = []
+        self.stepped = 0
+        self.faults: list[str] = []
+        self.expected: dict[str, set[str]] = {}
+
+    def steps(self) -> Iterator[Trace]:
+        for trace in self._traces:
+            if not trace.named(a.STEP_SPAN):
+                self.kept.append(trace)
+                for link in step_links(trace):
+                    self.expected.setdefault(link.trace_id, set()).add(link.span_id)
+                continue
+            self.stepped += 1
+            if trace.trace_id in self.expected:
+                self.expected[trace.trace_id] -= trace.by_id.keys()
+            yield trace
+
+    def is_not_whole(self, trace: Trace) -> None:
+        self.faults += [f"{trace.trace_id}: {fault}" for fault in step_faults(trace)]
+
+
 def answer(run_id: str, traces: Iterable[Trace]) -> WideEpAnswer:
-    """The answer from a run's traces and those of the steps that its requests link to; UserError without any."""
-    traces = list(traces)
-    blocks = read_blocks(traces)
-    served = read_requests(traces)
-    steps = read_steps(traces)
+    """The answer from a run's traces and those of the steps that its requests link to; UserError without any.
+
+    The steps come last. They are read one after the other and not kept, so ``traces`` may be a stream.
+    """
+    run = _Run(traces)
+    steps = read_steps(run.steps(), run.is_not_whole)
+    run.faults += [f"{trace_id}: {fault}" for trace_id, fault in phase_faults(steps)]
+    blocks, served = read_blocks(run.kept), read_requests(run.kept)
     found = analyse(steps)
     return WideEpAnswer(
         run_id=run_id,
         model=next((b.model for b in blocks if b.model), ""),
         verdict=verdict(found),
         steps=found,
-        requests=request_steps(steps, served, traces),
-        checks=[every_request_has_its_trace(served, blocks), *_checks(served, traces)],
+        requests=request_steps(steps, served, run.kept),
+        checks=[every_request_has_its_trace(served, blocks), *_checks(served, run)],
     )
 
 
@@ -82,11 +122,14 @@ def analyse(steps: Steps) -> StepsAnswer:
     """What the steps alone say."""
     lasted = np.maximum.reduceat(steps.duration, steps.starts)
     waits = np.add.reduceat(waited(steps), steps.starts) / steps.sizes
+    unknown = ~steps.phased
     return StepsAnswer(
         steps=steps.count,
         partial=steps.partial,
+        unknown=int(unknown.sum()),
         ranks=len(np.unique(steps.rank)),
         lasted_ms=float(lasted.sum()),
+        unknown_ms=float(lasted[unknown].sum()),
         waited_ms=float(waits.sum()),
         saving_ms=balance_saving_ms(steps),
         by_rank=by_rank(steps),
@@ -101,44 +144,50 @@ def analyse(steps: Steps) -> StepsAnswer:
 
 def verdict(found: StepsAnswer) -> str:
     """Who is waited for, and what an even load would save, in two sentences."""
-    if not found.stragglers:
+    if found.ranks < 2:
         return "One rank steps alone: nobody waits."
+    saved = ""
+    if found.unknown < found.steps:
+        of = "those that say their phases" if found.unknown else "it"
+        share = found.saving_ms / (found.lasted_ms - found.unknown_ms)
+        saved = f"; an even load of the experts would have saved {share:.0%} of {of}"
+    return f"{_last(found)} Waiting takes {found.waited_ms / found.lasted_ms:.0%} of the steps' time{saved}."
+
+
+def _last(found: StepsAnswer) -> str:
+    if not found.stragglers:
+        return "No step says its phases, and no rank begins late: who is slow within a step is not known."
     first = found.stragglers[0]
-    share = found.waited_ms / found.lasted_ms
-    if first.share > CLEAR_SHARE:
-        place = f"in {first.phase}" if first.phase != "other" else "outside of the layers"
-        who = (
-            f"Rank {first.rank} on {first.node} comes last in {first.share:.0%} of the steps, and the others then wait "
-            f"{first.delay_ms:.1f} ms for it; it is slower {place}."
-        )
-    else:
-        who = (
-            f"No rank is always last: the one that is so most costly, rank {first.rank} on {first.node}, "
-            f"is in {first.share:.0%} of the steps."
-        )
+    who, steps = f"{first.rank} on {first.node}" + (f" ({first.pod})" if first.pod else ""), "the steps"
+    if found.unknown:
+        steps += " that do not say their phases" if first.phase == START else " that say their phases"
+    if first.share <= CLEAR_SHARE:
+        share = f"{first.share:.0%} of {steps}"
+        return f"No rank is always last: the one that is so most costly, rank {who}, is in {share}."
+    where = {START: "begins late", "other": "is slower outside of the layers"}.get(
+        first.phase, f"is slower in {first.phase}"
+    )
     return (
-        f"{who} Waiting takes {share:.0%} of the steps' time; an even load of the experts would have saved "
-        f"{found.saving_ms / found.lasted_ms:.0%} of it."
+        f"Rank {who} comes last in {first.share:.0%} of {steps}, and the others then wait "
+        f"{first.delay_ms:.1f} ms for it; it {where}."
     )
 
 
-def _checks(served: Sequence[Served], traces: Sequence[Trace]) -> list[Check]:
-    known = {trace.trace_id: trace for trace in traces}
+def _checks(served: Sequence[Served], run: _Run) -> list[Check]:
+    known = {trace.trace_id: trace for trace in run.kept}
     linkless, lost, compared = [], [], 0
     for request in served:
-        spans = known[request.trace_id].named(a.PREFILL_SPAN, a.DECODE_SPAN)
-        links = [link for span in spans for link in span.links]
+        links = step_links(known[request.trace_id])
+        compared += len(links)
         if not links:
             linkless.append(f"{request.trace_id} ({request.arm})")
-        for link in links:
-            compared += 1
-            step = known.get(link.trace_id)
-            if step is None or link.span_id not in step.by_id:
-                lost.append(f"{request.trace_id} links to {link.span_id} in {link.trace_id}, which is not there")
-    stepped = [trace for trace in traces if trace.named(a.STEP_SPAN)]
-    faulty = [f"{trace.trace_id}: {fault}" for trace in stepped for fault in step_faults(trace)]
+        lost += [
+            f"{request.trace_id} links to {link.span_id} in {link.trace_id}, which is not there"
+            for link in links
+            if link.span_id in run.expected[link.trace_id]
+        ]
     return [
         check("every request links to the steps that ran it", len(served), linkless, "each has links"),
         check("the steps that requests link to are there", compared, lost, "all of them"),
-        check("a step has every rank, and its phases fit into it", len(stepped), faulty, "no fault"),
+        check("a step has every rank, and its phases fit into it", run.stepped, run.faults, "no fault"),
     ]

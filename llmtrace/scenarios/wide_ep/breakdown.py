@@ -5,16 +5,14 @@ from __future__ import annotations
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from llmtrace.scenarios.wide_ep.steps import PHASES, Floats, Integers, Steps
+from llmtrace.scenarios.wide_ep.steps import Floats, Integers, Steps
 from llmtrace.scenarios.wide_ep.waiting import waited
-
-PARTS = (*PHASES, "other")
-"""What a step's time is made of."""
 
 
 class Share(BaseModel):
-    """A rank, or all ranks of a node. ``ms`` are means over its steps by part of :data:`PARTS`.
+    """A rank, with its pod if it is in one, or all ranks of a node.
 
+    ``ms`` are means over its steps by part of :data:`~llmtrace.scenarios.wide_ep.steps.PARTS`; together, ``step_ms``.
     ``waited_ms`` is what of the collectives it waited for the last rank, in the mean; ``dummy`` and ``padded`` are
     steps and tokens that it computed for nobody.
     """
@@ -22,6 +20,7 @@ class Share(BaseModel):
     model_config = ConfigDict(frozen=True)
     rank: int | None
     node: str
+    pod: str
     steps: int
     tokens: int
     dummy: int
@@ -45,7 +44,11 @@ def by_rank(steps: Steps) -> list[Share]:
     node = np.zeros(int(steps.rank.max()) + 1, dtype=np.int64)
     node[steps.rank] = steps.node
     found = _shares(steps, steps.rank)
-    return [share.model_copy(update={"node": steps.nodes[int(node[share.rank or 0])]}) for share in found]
+    return [
+        share.model_copy(update={"node": steps.nodes[int(node[rank])], "pod": steps.pods[rank]})
+        for share in found
+        if (rank := share.rank) is not None
+    ]
 
 
 def by_node(steps: Steps) -> list[Share]:
@@ -67,7 +70,7 @@ def slowest_layers(steps: Steps) -> list[Layer]:
 
 def _shares(steps: Steps, key: Integers) -> list[Share]:
     counts = np.bincount(key)
-    parts = np.column_stack([steps.phases, steps.other])
+    parts = steps.parts
 
     def mean(values: Floats) -> Floats:
         total: Floats = np.bincount(key, weights=values, minlength=len(counts)) / np.maximum(counts, 1)
@@ -81,6 +84,7 @@ def _shares(steps: Steps, key: Integers) -> list[Share]:
         Share(
             rank=int(i),
             node="",
+            pod="",
             steps=int(counts[i]),
             tokens=int(tokens[i]),
             dummy=int(dummy[i]),

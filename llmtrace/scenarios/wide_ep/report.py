@@ -9,7 +9,7 @@ import altair as alt
 
 from llmtrace.scenarios.page import checks_table, escaped, page, plots, table
 from llmtrace.scenarios.wide_ep.answer import StepsAnswer, WideEpAnswer
-from llmtrace.scenarios.wide_ep.breakdown import PARTS, Share
+from llmtrace.scenarios.wide_ep.breakdown import Share
 
 CELL = 18
 """Pixels of a heat map's cell, at most."""
@@ -19,22 +19,26 @@ WIDTH, HEIGHT = 520, 420
 def wide_ep_html(found: WideEpAnswer) -> str:
     """The whole report: verdict, heat maps, tables, checks."""
     steps = found.steps
-    maps: list[alt.Chart] = [_phases(steps.by_rank)]
+    maps: list[alt.Chart] = [_phases(steps.by_rank, steps.parts)]
     if any(map(any, steps.sent)):
         maps.append(_experts(steps))
     parts = [
         f"<p>Model {escaped(found.model)}, llmtrace {escaped(version('llmtrace'))}. All numbers are from traces.</p>",
         f'<p class="verdict">{escaped(found.verdict)}</p>',
+        *([f"<p>{steps.unknown} of {steps.steps} steps do not say their phases.</p>"] if steps.unknown else []),
         plots(alt.hconcat(*maps, spacing=40).resolve_scale(color="independent")),
         "<h2>Time by rank, mean milliseconds per step</h2>",
-        _shares("rank", steps.by_rank),
+        _shares("rank", steps.by_rank, steps.parts),
         "<h2>Time by node</h2>",
-        _shares("node", steps.by_node),
+        _shares("node", steps.by_node, steps.parts),
         "<h2>Ranks that came last</h2>",
         table(
-            ["rank", "node", "steps", "share", "the others waited, ms", "in all, ms", "slower in"],
+            ["rank", "node", "pod", "steps", "share", "the others waited, ms", "in all, ms", "slower in"],
             [
-                (str(s.rank), s.node, str(s.steps), f"{s.share:.1%}", f"{s.delay_ms:.2f}", f"{s.total_ms:.0f}", s.phase)
+                (
+                    *(str(s.rank), s.node, s.pod, str(s.steps), f"{s.share:.1%}", f"{s.delay_ms:.2f}"),
+                    *(f"{s.total_ms:.0f}", s.phase),
+                )
                 for s in steps.stragglers
             ],
         ),
@@ -42,11 +46,11 @@ def wide_ep_html(found: WideEpAnswer) -> str:
         table(["layer", "times", "mean ms"], [(str(x.layer), str(x.times), f"{x.ms:.2f}") for x in steps.layers]),
         "<h2>Requests, sums over their traced steps in milliseconds</h2>",
         table(
-            ["trace", "tenant", "rank", "steps", "in steps", *PARTS, "waited", "imbalance", "caused"],
+            ["trace", "tenant", "rank", "steps", "in steps", *steps.parts, "waited", "imbalance", "caused, by tokens"],
             [
                 (
                     *(r.trace_id, r.tenant, str(r.rank), str(r.prefill_steps + r.decode_steps), f"{r.step_ms:.1f}"),
-                    *(f"{ms:.1f}" for ms in r.ms),
+                    *(f"{ms:.1f}" for ms in r.ms[: len(steps.parts)]),
                     *(f"{r.waited_ms:.1f}", f"{r.imbalance_ms:.1f}", f"{r.caused_ms:.1f}"),
                 )
                 for r in found.requests
@@ -66,12 +70,12 @@ def wide_ep_html(found: WideEpAnswer) -> str:
     return page(f"wide-ep, run {found.run_id}", parts)
 
 
-def _phases(shares: list[Share]) -> alt.Chart:
-    names = [*PARTS, "waited"]
+def _phases(shares: list[Share], parts: Sequence[str]) -> alt.Chart:
+    names = [*parts, "waited"]
     rows = [
         {"rank": share.rank, "node": share.node, "part": part, "ms": round(ms, 3)}
         for share in shares
-        for part, ms in zip(names, [*share.ms, share.waited_ms], strict=True)
+        for part, ms in zip(names, [*share.ms[: len(parts)], share.waited_ms], strict=True)
     ]
     return _map(rows, "rank", "part", "ms", names, len(shares), "Mean ms per step, by rank and phase")
 
@@ -111,13 +115,13 @@ def _map(
     return chart
 
 
-def _shares(kind: str, shares: list[Share]) -> str:
+def _shares(kind: str, shares: list[Share], parts: Sequence[str]) -> str:
     return table(
-        [kind, "node", "steps", "tokens", "step", *PARTS, "waited", "dummy steps", "padded tokens"],
+        [kind, "node", "pod", "steps", "tokens", "step", *parts, "waited", "dummy steps", "padded tokens"],
         [
             (
-                *(share.node if share.rank is None else str(share.rank), share.node, str(share.steps)),
-                *(f"{share.tokens}", f"{share.step_ms:.2f}", *(f"{ms:.2f}" for ms in share.ms)),
+                *(share.node if share.rank is None else str(share.rank), share.node, share.pod, str(share.steps)),
+                *(f"{share.tokens}", f"{share.step_ms:.2f}", *(f"{ms:.2f}" for ms in share.ms[: len(parts)])),
                 *(f"{share.waited_ms:.2f}", str(share.dummy), str(share.padded)),
             )
             for share in shares

@@ -8,8 +8,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from llmtrace.scenarios.facts import Served, integer
-from llmtrace.scenarios.wide_ep.breakdown import PARTS
-from llmtrace.scenarios.wide_ep.steps import Steps
+from llmtrace.scenarios.wide_ep.steps import PARTS, Steps
 from llmtrace.scenarios.wide_ep.waiting import imbalance, waited
 from llmtrace.semconv import attributes as a
 from llmtrace.traces.model import Span, Trace
@@ -18,9 +17,10 @@ from llmtrace.traces.model import Span, Trace
 class RequestSteps(BaseModel):
     """A request in its traced steps, on its own rank. Times in milliseconds, summed over those steps.
 
-    ``ms`` are by part of :data:`~llmtrace.scenarios.wide_ep.breakdown.PARTS`. ``waited_ms`` is what its rank waited for
+    ``ms`` are by part of :data:`~llmtrace.scenarios.wide_ep.steps.PARTS`. ``waited_ms`` is what its rank waited for
     slower ones. ``imbalance_ms`` is what its steps were longer than with an even load of the experts, and
-    ``caused_ms`` its share of that by its tokens in those steps.
+    ``caused_ms`` its share of that by its tokens in those steps: spans do not say which experts a request's tokens went
+    to, so two requests with as many tokens have caused as much.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -54,7 +54,7 @@ class _Columns:
     def __init__(self, steps: Steps) -> None:
         self.steps = steps
         self.sizes = steps.sizes
-        self.parts = np.column_stack([steps.phases, steps.other])
+        self.parts = steps.parts
         self.waits = waited(steps)
         self.lost = imbalance(steps)
         self.tokens = np.add.reduceat(steps.tokens, steps.starts)

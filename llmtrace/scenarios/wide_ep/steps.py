@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,15 +20,19 @@ from llmtrace.traces.model import Attributes, AttributeValue, Trace
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+Number = TypeVar("Number", bound=np.generic)
 
 PHASES = ("attention", "dispatch", "experts", "combine", "wait")
 ATTRIBUTES = (a.STEP_ATTENTION, a.STEP_DISPATCH, a.STEP_EXPERTS, a.STEP_COMBINE, a.STEP_WAIT)
 """Of the phases, in their order; milliseconds."""
+PARTS = (*PHASES, "other", "unknown")
+"""What a step's time is made of; it is unknown where a step does not say its phases."""
 EXPERTS = PHASES.index("experts")
 COLLECTIVES = tuple(PHASES.index(name) for name in ("dispatch", "combine", "wait"))
 """The phases in which a rank may wait for others."""
 COLUMNS: dict[str, AttributeValue] = {
-    **dict.fromkeys((a.WORLD_RANK, a.STEP_RANKS, *ATTRIBUTES)),
+    **dict.fromkeys((a.WORLD_RANK, a.STEP_RANKS)),
+    **dict.fromkeys(ATTRIBUTES, math.nan),
     **dict.fromkeys((a.DP_RANK, a.STEP_DUMMY, a.STEP_PREFILL_TOKENS, a.STEP_DECODE_TOKENS, a.STEP_PADDED_TOKENS), 0),
     a.SLOWEST_LAYER: -1,
     a.SLOWEST_LAYER_TIME: 0.0,
@@ -45,10 +50,11 @@ class Steps:
 
     ``starts`` are the first rows of the steps, ``trace_ids`` the steps' traces. ``engine`` is the rank's data-parallel
     engine. ``node`` is an index into ``nodes``, which are in order of name. ``phases`` is rows by :data:`PHASES`,
-    milliseconds. ``layer`` is the slowest MoE layer, -1 where it is not told, and ``layer_ms`` how long it took.
-    ``partial`` counts the steps that were left out because a rank's span is not there, or there twice, or does not say
-    how long its phases were. ``sent`` is ranks by experts: the tokens that each rank sent to each, over the whole steps
-    that say so; without columns where none does.
+    milliseconds, not a number where the span says none of them. ``layer`` is the slowest MoE layer, -1 where it is
+    not told, and ``layer_ms`` how long it took. ``partial`` counts the steps that were left out because a rank's span
+    is not there, or there twice, or says some of its phases only. ``sent`` is ranks by experts: the tokens that each
+    rank sent to each, over the whole steps that say so; without columns where none does. ``pods`` are the ranks' pods
+    in the last of their steps, "" where it is not told.
     """
 
     trace_ids: tuple[str, ...]
@@ -67,6 +73,7 @@ class Steps:
     nodes: tuple[str, ...]
     partial: int
     sent: Integers
+    pods: tuple[str, ...]
 
     @property
     def count(self) -> int:
@@ -84,10 +91,25 @@ class Steps:
         return (self.end_ns - self.start_ns) / 1e6
 
     @property
+    def phased(self) -> NDArray[np.bool_]:
+        """Of each step, whether all its ranks say their phases; where CUDA graphs are replayed, none does."""
+        found: NDArray[np.bool_] = ~np.logical_or.reduceat(np.isnan(self.phases[:, 0]), self.starts)
+        return found
+
+    @property
     def other(self) -> Floats:
         """What the phases leave of each row: preparing the batch, and what comes before and after the layers."""
         rest: Floats = self.duration - self.phases.sum(axis=1)
         return rest
+
+    @property
+    def parts(self) -> Floats:
+        """Rows by :data:`PARTS`, milliseconds: they add up to the row's duration."""
+        phased = self.spread(self.phased)
+        found = np.array([*self.phases.T, self.other, np.zeros(len(phased))]).T
+        found[~phased] = 0.0
+        found[~phased, -1] = self.duration[~phased]
+        return found
 
     @property
     def expert_tokens(self) -> Integers:
@@ -95,19 +117,23 @@ class Steps:
         total: Integers = self.sent.sum(axis=0)
         return total
 
-    def spread(self, of_step: Floats) -> Floats:
+    def spread(self, of_step: NDArray[Number]) -> NDArray[Number]:
         """A value of each step, for each of its rows."""
         return np.repeat(of_step, self.sizes)
 
 
-def read_steps(traces: Iterable[Trace]) -> Steps:
-    """The whole steps among the traces; those of other spans are passed over. UserError where there is none."""
+def read_steps(traces: Iterable[Trace], left_out: Callable[[Trace], object] = lambda _trace: None) -> Steps:
+    """The whole steps among the traces; those of other spans are passed over. UserError where there is none.
+
+    ``left_out`` is called with each trace of a step that is not whole.
+    """
     columns = {name: array("d" if name in TIMES else "q") for name in COLUMNS if name != a.NODE}
     starts, node, start_ns, end_ns = array("q"), array("q"), array("q"), array("q")
     trace_ids: list[str] = []
     nodes: dict[str, int] = {}
     partial = 0
     sent: dict[int, Integers] = {}
+    pods: dict[int, str] = {}
     for trace in traces:
         spans = [span for span in trace.spans if span.name == a.STEP_SPAN]
         if not spans:
@@ -115,12 +141,15 @@ def read_steps(traces: Iterable[Trace]) -> Steps:
         told = _told([span.attributes for span in spans])
         if told is None:
             partial += 1
+            left_out(trace)
             continue
         trace_ids.append(trace.trace_id)
         starts.append(len(node))
         node.extend([nodes.setdefault(text(name), len(nodes)) for name in told.pop(a.NODE)])
         start_ns.extend([span.start_ns for span in spans])
         end_ns.extend([span.end_ns for span in spans])
+        ranks = cast("array[int]", told[a.WORLD_RANK])
+        pods.update(zip(ranks, [text(span.resource.get(a.POD_NAME)) for span in spans], strict=True))
         for name, values in told.items():
             columns[name].extend(cast("array[int]", values))
         for span in spans:
@@ -147,7 +176,8 @@ def read_steps(traces: Iterable[Trace]) -> Steps:
         node=place[np.frombuffer(node, dtype=np.int64)],
         start_ns=np.frombuffer(start_ns, dtype=np.int64),
         end_ns=np.frombuffer(end_ns, dtype=np.int64),
-        phases=np.column_stack([np.frombuffer(columns[name], dtype=np.float64) for name in ATTRIBUTES]),
+        # By column in memory: what is asked of them is by column too.
+        phases=np.array([np.frombuffer(columns[name], dtype=np.float64) for name in ATTRIBUTES]).T,
         tokens=whole(a.STEP_PREFILL_TOKENS) + whole(a.STEP_DECODE_TOKENS),
         padded=whole(a.STEP_PADDED_TOKENS),
         dummy=whole(a.STEP_DUMMY).astype(np.bool_),
@@ -156,6 +186,7 @@ def read_steps(traces: Iterable[Trace]) -> Steps:
         nodes=tuple(named),
         partial=partial,
         sent=_matrix(sent, 1 + int(rank.max())),
+        pods=tuple(pods.get(world, "") for world in range(1 + int(rank.max()))),
     )
 
 
@@ -164,7 +195,7 @@ def _told(spans: Sequence[Attributes]) -> dict[str, Sequence[AttributeValue] | a
     try:
         rows = [_all(told) for told in spans]
     except KeyError:
-        rows = [tuple(told.get(name, default) for name, default in COLUMNS.items()) for told in spans]
+        rows = [_all({**COLUMNS, **told}) for told in spans]
     found: dict[str, Sequence[AttributeValue] | array[Any]] = dict(zip(COLUMNS, zip(*rows, strict=True), strict=True))
     try:
         for name in COLUMNS:
@@ -172,7 +203,12 @@ def _told(spans: Sequence[Attributes]) -> dict[str, Sequence[AttributeValue] | a
                 found[name] = array("d" if name in TIMES else "q", cast("Sequence[int]", found[name]))
     except (TypeError, OverflowError):
         return None
-    is_whole = len(spans) == found[a.STEP_RANKS][0] and len(set(found[a.WORLD_RANK])) == len(spans)
+    unsaid = np.isnan(cast("Any", [found[name] for name in ATTRIBUTES]))
+    is_whole = (
+        len(spans) == found[a.STEP_RANKS][0]
+        and len(set(found[a.WORLD_RANK])) == len(spans)
+        and bool((unsaid == unsaid[0]).all())
+    )
     return found if is_whole else None
 
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from llmtrace.scenarios.text import check_text
 from llmtrace.scenarios.wide_ep.answer import WideEpAnswer
-from llmtrace.scenarios.wide_ep.breakdown import PARTS, Share
+from llmtrace.scenarios.wide_ep.breakdown import Share
 from llmtrace.scenarios.wide_ep.experts import ExpertLoad
 from llmtrace.scenarios.wide_ep.requests import RequestSteps
 from llmtrace.scenarios.wide_ep.waiting import Straggler
@@ -24,13 +24,15 @@ def answer_text(found: WideEpAnswer) -> Iterator[RenderableType]:
     steps = found.steps
     yield Text.assemble(("wide-ep", "bold"), f"  run {found.run_id}  model {found.model}")
     yield Text(f"{steps.steps} steps of {steps.ranks} ranks; {steps.partial} more lack a rank or a phase", style="dim")
+    if steps.unknown:
+        yield Text(f"{steps.unknown} of them do not say their phases, as in CUDA graphs", style="dim")
     yield Text()
     yield Text("Where do the steps spend their time?  (mean ms per step)", style="bold")
-    yield _shares("rank", [str(share.rank) for share in steps.by_rank], steps.by_rank[:MOST_RANKS])
+    yield _shares("rank", [str(share.rank) for share in steps.by_rank], steps.by_rank[:MOST_RANKS], steps.parts)
     if len(steps.by_rank) > MOST_RANKS:
         yield Text(f"... and {len(steps.by_rank) - MOST_RANKS} more ranks (--json or --html)", style="dim")
     if len(steps.by_node) > 1:
-        yield _shares("node", [share.node for share in steps.by_node], steps.by_node)
+        yield _shares("node", [share.node for share in steps.by_node], steps.by_node, steps.parts)
     for layer in steps.layers[:MOST_LAYERS]:
         yield Text(
             f"MoE layer {layer.layer} was the slowest of a rank's step {layer.times} times, {layer.ms:.2f} ms each"
@@ -43,8 +45,9 @@ def answer_text(found: WideEpAnswer) -> Iterator[RenderableType]:
     yield Text("How even is the load of the experts?", style="bold")
     yield from _experts(steps.experts)
     yield Text()
-    yield Text("Which requests paid for it?  (sums over their traced steps, ms)", style="bold")
-    yield _requests(found.requests[:MOST_REQUESTS])
+    paid = "Which requests paid for it?  (ms, summed over their traced steps; caused: by tokens, not by experts)"
+    yield Text(paid, style="bold")
+    yield _requests(found.requests[:MOST_REQUESTS], steps.parts)
     yield Text()
     yield Text("Do the sources agree?", style="bold")
     for check in found.checks:
@@ -65,14 +68,16 @@ def _numbers(*names: str) -> Table:
     return table
 
 
-def _shares(kind: str, names: Sequence[str], shares: Sequence[Share]) -> Table:
-    table = _numbers(kind, "node", "step", *PARTS, "waited", "dummy", "padded tokens")
+def _shares(kind: str, names: Sequence[str], shares: Sequence[Share], parts: Sequence[str]) -> Table:
+    pods = any(share.pod for share in shares)
+    table = _numbers(kind, "node", *(["pod"] if pods else []), "step", *parts, "waited", "dummy", "padded tokens")
     for name, share in zip(names, shares, strict=False):
         table.add_row(
             name,
             share.node,
+            *([share.pod] if pods else []),
             f"{share.step_ms:.2f}",
-            *(f"{ms:.2f}" for ms in share.ms),
+            *(f"{ms:.2f}" for ms in share.ms[: len(parts)]),
             f"{share.waited_ms:.2f}",
             f"{share.dummy / share.steps:.0%}",
             f"{share.padded:,}",
@@ -106,8 +111,8 @@ def _experts(load: ExpertLoad | None) -> Iterator[RenderableType]:
     yield Text(f"most tokens: {top}")
 
 
-def _requests(found: Sequence[RequestSteps]) -> Table:
-    table = _numbers("trace", "tenant", "rank", "steps", "in steps", *PARTS, "waited", "imbalance", "caused")
+def _requests(found: Sequence[RequestSteps], parts: Sequence[str]) -> Table:
+    table = _numbers("trace", "tenant", "rank", "steps", "in steps", *parts, "waited", "imbalance", "caused")
     for each in found:
         table.add_row(
             each.trace_id,
@@ -115,7 +120,7 @@ def _requests(found: Sequence[RequestSteps]) -> Table:
             str(each.rank),
             str(each.prefill_steps + each.decode_steps),
             f"{each.step_ms:.1f}",
-            *(f"{ms:.1f}" for ms in each.ms),
+            *(f"{ms:.1f}" for ms in each.ms[: len(parts)]),
             f"{each.waited_ms:.1f}",
             f"{each.imbalance_ms:.1f}",
             f"{each.caused_ms:.1f}",
