@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,17 +22,19 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from llmtrace.durations import seconds
 from llmtrace.errors import UserError
 from llmtrace.perfetto import perfetto_json
 from llmtrace.render import tree
+from llmtrace.scenarios.autoscaling.led_to import Led, led_to, led_to_text
 from llmtrace.scenarios.catalogue import SCENARIOS
 from llmtrace.scenarios.catalogue import scenario as scenario_of
 from llmtrace.scenarios.driver import Driver, Settings
 from llmtrace.scenarios.expectation import CLOCK_TOLERANCE_MS
 from llmtrace.scenarios.prefix_cache import NAME
-from llmtrace.scenarios.runs import latest_run, linked_traces, load_run, wait_for
+from llmtrace.scenarios.runs import latest_run, load_run, load_time, wait_for
 from llmtrace.scenarios.scenario import Scenario
-from llmtrace.scenarios.smoke import send_smoke_requests
+from llmtrace.scenarios.smoke import Verification, check, send_smoke_requests
 from llmtrace.scenarios.smoke import verify as verify_traces
 from llmtrace.scenarios.text import verification_text
 from llmtrace.semconv import attributes as a
@@ -49,6 +52,11 @@ MIN_WIDTH = 170
 Name = Annotated[str, typer.Argument(metavar="SCENARIO", help=f"The scenario: {' or '.join(SCENARIOS)}.")]
 Store = Annotated[str | None, typer.Option(help="Base URL of the trace store (or of Tempo); default: the stack's.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Since = Annotated[
+    str | None,
+    typer.Option(help="Of all requests from then on, whoever sent them: 2h for two hours ago, or 2026-01-31T12:00Z."),
+]
+Until = Annotated[str | None, typer.Option(help="With --since: of those before then; default: now.")]
 
 
 def run(
@@ -112,16 +120,20 @@ def answer(
     as_json: Json = False,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.")] = None,
     store: Store = None,
+    since: Since = None,
+    until: Until = None,
 ) -> None:
-    """Answer a scenario's question from the traces of a run."""
+    """Answer a scenario's question from the traces of a run, or of a time."""
     scenario = scenario_of(name)
     tempo = TempoClient(store or Stack.load().store)
-    run_id = run_id or latest_run(tempo, name)
-    traces = load_run(tempo, run_id)
-    spans = [s for trace in traces for s in trace.spans]
-    others = scenario.also(tempo, min(s.start_ns for s in spans), max(s.end_ns for s in spans)) if spans else []
-    linked = linked_traces(tempo, traces) if scenario.linked else ()
-    found = scenario.answer(run_id, itertools.chain(traces, others, linked))
+    if since is None and until is None:
+        run_id = run_id or latest_run(tempo, name)
+        traces = load_run(tempo, run_id, linked=scenario.linked)
+    elif run_id is None:
+        run_id, traces = _of_time(tempo, scenario, since, until)
+    else:
+        raise UserError("--run is of one run, --since and --until of a time: give one of the two")
+    found = scenario.answer(run_id, _with_others(tempo, scenario, traces))
     if html is not None:
         _write(html, scenario.html(found))
     if as_json:
@@ -146,9 +158,20 @@ def verify(
     ] = CLOCK_TOLERANCE_MS,
     as_json: Json = False,
     store: Store = None,
+    since: Since = None,
+    until: Until = None,
 ) -> None:
-    """Send a few requests and check that each gives one complete trace (exit code 1 if not)."""
+    """Send a few requests and check that each gives one complete trace (exit code 1 if not).
+
+    With --since nothing is sent: the traces of that time are checked.
+    """
     scenario = scenario_of(name)
+    if since is not None or until is not None:
+        tempo = TempoClient(store or Stack.load().store)
+        _, traces = _of_time(tempo, scenario, since, until)
+        result = check(_with_others(tempo, scenario, traces), scenario, clock_tolerance_ms=clock_tolerance_ms)
+        _show(result, as_json, "")
+        return
     stack = _stack(scenario)
     tempo = TempoClient(store or stack.store)
     tracing = setup_tracing(a.CLIENT_SERVICE, "driver", default_endpoint=stack.collector_otlp_grpc)
@@ -171,16 +194,20 @@ def verify(
             failed_requests=driver.failures,
             others=scenario.also(tempo, time.time_ns() - LOOK_BACK_S * 10**9, time.time_ns()),
         )
+    bad = f"logs: {stack.log_dir}    components: llmtrace status"
+    _show(result, as_json, f"next: llmtrace trace {result.traces[0].trace_id}" if result.ok else bad)
+
+
+def _show(result: Verification, as_json: bool, hint: str) -> None:
+    """Print the outcome; exit code 1 where it is not good."""
     if as_json:
         typer.echo(result.model_dump_json(indent=2))
     else:
         console = _console()
         for part in verification_text(result):
             console.print(part)
-        if result.ok:
-            console.print(f"next: llmtrace trace {result.traces[0].trace_id}")
-        else:
-            console.print(f"logs: {stack.log_dir}    components: llmtrace status")
+        if hint:
+            console.print(hint)
     if not result.ok:
         raise typer.Exit(1)
 
@@ -191,7 +218,7 @@ def trace(
     perfetto: Annotated[Path | None, typer.Option(help="Write it for ui.perfetto.dev here.")] = None,
     store: Store = None,
 ) -> None:
-    """Print one trace as a tree with a time bar."""
+    """Print one trace as a tree with a time bar; of a request, also the decisions to scale that it drove."""
     wanted = trace_id.strip().lower()
     if len(wanted) != 32 or not all(c in "0123456789abcdef" for c in wanted):
         raise UserError(f"{trace_id!r} is no trace id: give 32 hexadecimal digits, as `llmtrace answer` prints them")
@@ -201,18 +228,72 @@ def trace(
         raise UserError(f"the store has no trace {wanted}; a fresh trace needs some seconds, an old one may be dropped")
     if perfetto is not None:
         _write(perfetto, perfetto_json([found]))
+    decisions = _led_to(tempo, found)
     if as_json:
-        typer.echo(trace_json(found))
+        typer.echo(trace_json(found, decisions))
         return
     console = _console()
     console.print(tree(found))
+    for line in led_to_text(decisions or []):
+        console.print(line)
     if perfetto is not None:
         console.print(f"open {perfetto} in https://ui.perfetto.dev")
 
 
-def trace_json(found: Trace) -> str:
-    """A trace as JSON: the fields of :class:`llmtrace.traces.model.Span`, bytes as hex."""
-    return json.dumps(asdict(found), indent=2, default=lambda value: bytes(value).hex())
+def _led_to(tempo: TempoClient, found: Trace) -> list[Led] | None:
+    """The decisions that a request led to; None where the store can be asked for traces only."""
+    try:
+        return led_to(tempo, found)
+    except UserError as error:
+        Console(stderr=True).print(f"which decisions to scale it drove is not known: {error}")
+        return None
+
+
+def trace_json(found: Trace, decisions: Sequence[Led] | None) -> str:
+    """A trace as JSON: the fields of :class:`llmtrace.traces.model.Span`, bytes as hex, and the decisions it led to,
+    null where they are not known."""
+    led = None
+    if decisions is not None:
+        led = [{"id": d.id, "trace_id": d.trace_id, "linked": linked} for d, linked in decisions]
+    return json.dumps(asdict(found) | {"led_to": led}, indent=2, default=lambda value: bytes(value).hex())
+
+
+def _of_time(
+    tempo: TempoClient, scenario: Scenario[Any], since: str | None, until: str | None
+) -> tuple[str, Iterator[Trace]]:
+    """The time in words, and the traces of its requests; UserError where the scenario is not about anybody's."""
+    if not scenario.traffic:
+        raise UserError(f"{scenario.name} is about what `llmtrace run` has sent: give --run, not --since or --until")
+    if since is None:
+        raise UserError("--until needs --since: give the start of the time, too")
+    start, end = int(_moment(since)), int(_moment(until) if until else time.time())
+    if start >= end:
+        raise UserError(f"--since {since} is not before --until {until or 'now'}")
+    words = " to ".join(datetime.fromtimestamp(t).astimezone().isoformat(timespec="seconds") for t in (start, end))
+    return words, load_time(tempo, scenario.traffic, start, end)
+
+
+def _moment(text: str) -> float:
+    """Unix seconds of a time: a duration before now, or a date and time of ISO 8601; local, where it has no zone."""
+    try:
+        return time.time() - seconds(text)
+    except ValueError:
+        pass
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError, OSError):
+        raise UserError(f"{text!r} is no time: give a duration before now, like 2h, or 2026-01-31T12:00Z") from None
+
+
+def _with_others(tempo: TempoClient, scenario: Scenario[Any], traces: Iterable[Trace]) -> Iterator[Trace]:
+    """The traces, and then those of their time that no request is part of."""
+    start_ns, end_ns = 2**63, 0
+    for trace in traces:
+        yield trace
+        start_ns = min([start_ns, *(s.start_ns for s in trace.spans)])
+        end_ns = max([end_ns, *(s.end_ns for s in trace.spans)])
+    if end_ns:
+        yield from scenario.also(tempo, start_ns, end_ns)
 
 
 def _stack(scenario: Scenario[Any]) -> Stack:

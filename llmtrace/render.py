@@ -135,10 +135,16 @@ SHOWN: dict[str, dict[str, str]] = {
         "llmtrace.autoscale.replicas.desired": "desired",
         "llmtrace.autoscale.limit": "limit",
         "llmtrace.autoscale.drivers.found": "drivers",
+        "llmtrace.autoscale.drivers.linked": "linked",
+        "llmtrace.autoscale.drivers.unread": "unread",
         "llmtrace.autoscale.failure": "failure",
     },
     "autoscale.replica": {"llmtrace.autoscale.replica": "replica", "llmtrace.autoscale.outcome": "outcome"},
-    "drain": {"llmtrace.autoscale.drain.running": "running", "llmtrace.autoscale.drain.cut": "cut"},
+    "drain": {
+        "llmtrace.autoscale.drain.running": "running",
+        "llmtrace.autoscale.drain.cut": "cut",
+        "llmtrace.autoscale.drain.moved": "moved",
+    },
     **{
         name: {"llmtrace.autoscale.source": "by"}
         for name in ("container.start", "model.load", "ready", "first_request")

@@ -27,7 +27,8 @@ class Phase(Frozen):
 class ReplicaRecord(BaseModel):
     """A replica that a decision starts (``up``) or stops. ``outcome`` is None while that goes on.
 
-    ``running`` and ``cut`` are the requests on a replica to be stopped, then and when it was stopped.
+    ``running`` and ``cut`` are the requests on a replica to be stopped, then and when it was stopped, ``moved`` those
+    that failed there and ended well on another one; None where nobody counted.
     """
 
     name: str
@@ -39,6 +40,7 @@ class ReplicaRecord(BaseModel):
     phases: list[Phase] = Field(default_factory=list)
     running: int | None = None
     cut: int | None = None
+    moved: int | None = None
 
     def phase(self, name: str, end_ns: int, source: str) -> None:
         """The phase that ends now; it began where the one before ended."""

@@ -10,7 +10,6 @@ from llmtrace.autoscale.record import DecisionRecord, ReplicaRecord
 from llmtrace.autoscale.spans import DecisionSpans
 from llmtrace.errors import UserError
 from llmtrace.telemetry import Tracing
-from llmtrace.traces.demand import Stay
 from llmtrace.traces.tempo import TempoClient
 
 
@@ -30,18 +29,17 @@ class Sender:
         exporter = self._tracing.exporter
         if exporter is None:
             return True
-        found: list[Stay] | None = None
+        found: evidence.Drivers | None = None
         if self._store is not None:
             try:
                 found = evidence.drivers(self._store, decision)
                 for replica in decision.replicas:
                     evidence.refine(self._store, replica)
+                    evidence.drained(self._store, replica, decision.scaler_name.rpartition("/")[0])
                 self._tell("store", "")
             except UserError as error:
                 self._tell("store", str(error))
-        linked = (found or [])[: evidence.MOST_LINKS]
-        resource = self._tracing.provider.resource
-        spans = DecisionSpans(decision, resource, linked, None if found is None else len(found)).spans()
+        spans = DecisionSpans(decision, self._tracing.provider.resource, found).spans()
         taken = exporter.export(list(spans)) is SpanExportResult.SUCCESS
         self._tell("collector", "" if taken else "it did not take a decision's trace, which is sent again")
         return taken

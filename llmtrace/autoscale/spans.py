@@ -10,25 +10,22 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 from opentelemetry.util.types import AttributeValue
 
+from llmtrace.autoscale.evidence import MOST_LINKS, Drivers
 from llmtrace.autoscale.record import DecisionRecord, ReplicaRecord
 from llmtrace.semconv import attributes as a
-from llmtrace.traces.demand import Stay
 
 SCOPE = InstrumentationScope("llmtrace.autoscale")
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 
 
 class DecisionSpans:
-    """Makes the spans of one decision. ``drivers`` are the requests that drove it, those to link first; ``found`` is
-    how many there were, None where nobody could be asked."""
+    """Makes the spans of one decision. ``drivers`` are the requests that drove it, None where nobody could be asked or
+    can tell; the first :data:`~llmtrace.autoscale.evidence.MOST_LINKS` of them are linked."""
 
-    def __init__(
-        self, decision: DecisionRecord, resource: Resource, drivers: Sequence[Stay] = (), found: int | None = None
-    ) -> None:
+    def __init__(self, decision: DecisionRecord, resource: Resource, drivers: Drivers | None = None) -> None:
         self._decision = decision
         self._resource = resource
         self._drivers = drivers
-        self._found = found
 
     def spans(self) -> Iterator[ReadableSpan]:
         """The spans, parents first."""
@@ -61,7 +58,11 @@ class DecisionSpans:
         for phase in replica.phases:
             about: dict[str, AttributeValue] = {a.REPLICA: replica.name, a.PHASE_SOURCE: phase.source}
             if phase.name == a.DRAIN_SPAN:
-                counts = {a.DRAIN_RUNNING: replica.running, a.DRAIN_CUT: replica.cut}
+                counts = {
+                    a.DRAIN_RUNNING: replica.running,
+                    a.DRAIN_CUT: replica.cut,
+                    a.DRAIN_MOVED: replica.moved,
+                }
                 about |= {key: value for key, value in counts.items() if value is not None}
             yield self._span(phase.name, (*path, phase.name), path, phase.start_ns, phase.end_ns, about)
 
@@ -85,9 +86,13 @@ class DecisionSpans:
             a.SCALE_RESOLUTION: decision.resolution_ms or None,
             a.ACCELERATORS: decision.accelerators,
             a.PRICE_PER_HOUR: decision.price_per_hour,
-            a.DRIVERS_FOUND: self._found,
-            a.DRIVERS_LINKED: None if self._found is None else len(self._drivers),
         }
+        if self._drivers is not None:
+            told |= {
+                a.DRIVERS_FOUND: len(self._drivers.stays),
+                a.DRIVERS_LINKED: len(self._drivers.stays[:MOST_LINKS]),
+                a.DRIVERS_UNREAD: self._drivers.unread,
+            }
         known = [m for m in decision.metrics if m.value is not None]
         if known:
             first = next((m for m in known if m.name == decision.metric), known[0])
@@ -108,7 +113,7 @@ class DecisionSpans:
     def _links(self) -> list[Link]:
         return [
             Link(SpanContext(int(d.trace_id, 16), int(d.span_id, 16), is_remote=True, trace_flags=_SAMPLED))
-            for d in self._drivers
+            for d in (self._drivers.stays[:MOST_LINKS] if self._drivers else ())
         ]
 
     def _span(

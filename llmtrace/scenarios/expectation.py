@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 
@@ -117,6 +117,18 @@ class Expectation:
             if chosen is not None:
                 taken.add(chosen.key)
         return found
+
+    def without(self, component: str) -> Expectation:
+        """The same of a trace in which a component has no part; what hung under its spans are roots."""
+        gone = {e.key for e in self.spans if e.component == component}
+        return replace(
+            self,
+            spans=tuple(
+                replace(e, parents=tuple(p for p in e.parents if p not in gone))
+                for e in self.spans
+                if e.key not in gone
+            ),
+        )
 
     def component(self, span: Span) -> str:
         """The component that sent a span, by its service."""

@@ -1,24 +1,21 @@
-"""Finds the runs of a scenario in the trace store and reads their traces."""
+"""Finds the traces of a run, or of a time, in the trace store and reads them."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from llmtrace.errors import UserError
 from llmtrace.semconv import attributes as a
 from llmtrace.traces.model import Trace
-from llmtrace.traces.tempo import TempoClient
+from llmtrace.traces.tempo import PAGE, TempoClient, search_all
 
 HORIZON_S = 6 * 24 * 3600
 """How far back runs are looked for; Tempo by default refuses a search over more than seven days."""
-LIMIT = 5000
-"""The most traces that are read of a run."""
+AT_ONCE = 256
+"""Traces that are asked for before the first of them is handed on."""
 POLL_S = 0.5
-THREADS, AHEAD = 4, 8
-"""How many traces are read from the store at once, and how many ahead of the one that is looked at."""
 
 
 def latest_run(store: TempoClient, scenario: str) -> str:
@@ -27,7 +24,7 @@ def latest_run(store: TempoClient, scenario: str) -> str:
         f'{{ name = "{a.BLOCK_SPAN}" && span.{a.SCENARIO} = "{scenario}" }}',
         start_s=_horizon(),
         end_s=_now(),
-        limit=LIMIT,
+        limit=PAGE,
     )
     for summary in sorted(found, key=lambda s: s.start_ns, reverse=True):
         trace = store.trace(summary.trace_id)
@@ -43,33 +40,39 @@ def trace_ids(store: TempoClient, run_id: str) -> list[str]:
     if not run_id or not run_id.replace("-", "").isalnum():
         raise UserError(f"{run_id!r} is no run id; `llmtrace run` prints them, like 20260131T120000-1a2b")
     query = f'{{ span.{a.RUN_ID} = "{run_id}" }}'
-    return sorted({s.trace_id for s in store.search(query, start_s=_horizon(), end_s=_now(), limit=LIMIT)})
+    return sorted({s.trace_id for s in search_all(store, query, start_s=_horizon(), end_s=_now())})
 
 
-def load_run(store: TempoClient, run_id: str) -> list[Trace]:
-    """All traces of a run; UserError when the store has none."""
+def load_run(store: TempoClient, run_id: str, *, linked: bool = False) -> Iterator[Trace]:
+    """All traces of a run, with ``linked`` then those to which they link; UserError when the store has none."""
     ids = trace_ids(store, run_id)
     if not ids:
         raise UserError(f"the store has no traces of run {run_id}: give another run id, or leave it out for the latest")
-    return list(_read(store, ids))
+    return _with_linked(store, ids) if linked else load(store, ids)
 
 
-def linked_traces(store: TempoClient, traces: Sequence[Trace]) -> Iterator[Trace]:
-    """The traces to which these link, one after the other: they may be too many to keep."""
-    ids = {trace.trace_id for trace in traces}
-    others = {link.trace_id for trace in traces for span in trace.spans for link in span.links}
-    return _read(store, sorted(others - ids))
+def load_time(store: TempoClient, query: str, start_s: int, end_s: int) -> Iterator[Trace]:
+    """All traces with a span that matches a TraceQL query in this time (Unix seconds); UserError without any."""
+    ids = [s.trace_id for s in search_all(store, query, start_s=start_s, end_s=end_s)]
+    if not ids:
+        raise UserError(f"the store has no trace of {query} in this time: give another --since, or look at its log")
+    return load(store, ids)
 
 
-def _read(store: TempoClient, ids: Iterable[str]) -> Iterator[Trace]:
-    """Those that the store has, in order; a few are asked for ahead of the one that is read."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        ahead: deque[Future[Trace | None]] = deque()
-        for trace_id in ids:
-            ahead.append(pool.submit(store.trace, trace_id))
-            if len(ahead) > AHEAD and (trace := ahead.popleft().result()) is not None:
-                yield trace
-        yield from (trace for asked in ahead if (trace := asked.result()) is not None)
+def load(store: TempoClient, ids: Sequence[str]) -> Iterator[Trace]:
+    """These traces, one after the other; such as the store does not have are left out."""
+    with ThreadPoolExecutor(4) as pool:
+        for start in range(0, len(ids), AT_ONCE):
+            some = pool.map(store.trace, ids[start : start + AT_ONCE])
+            yield from (trace for trace in some if trace is not None)
+
+
+def _with_linked(store: TempoClient, ids: Sequence[str]) -> Iterator[Trace]:
+    others: set[str] = set()
+    for trace in load(store, ids):
+        others.update(link.trace_id for span in trace.spans for link in span.links)
+        yield trace
+    yield from load(store, sorted(others.difference(ids)))
 
 
 def wait_for(

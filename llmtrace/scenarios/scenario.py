@@ -36,10 +36,11 @@ class Scenario(Generic[AnswerT]):
     are defaults. ``arm_facts`` are attributes of each arm's blocks that only the stack's configuration tells.
     ``complete`` says whether a request's trace has what ``answer`` reads; ``text`` and ``html`` show an answer,
     ``example`` is the id of a trace of it that is worth a look. With ``linked``, ``answer`` also gets the traces to
-    which those of the run link, after all others. Of the smoke test, ``smoke_requests`` are its requests, in order;
-    ``expectation`` is what each trace must have, and ``further`` finds what else is wrong with it, given its arm and
-    the stack. ``also`` finds further traces of a time (nanoseconds since the epoch, its start and end) that no request
-    is part of; the answer gets them too, and the smoke test checks them.
+    which those of the run link. Of the smoke test, ``smoke_requests`` are its requests, in order; ``expectation`` is
+    what each trace must have, and ``further`` finds what else is wrong with it, given its arm and the stack. ``also``
+    finds further traces of a time (nanoseconds since the epoch, its start and end) that no request is part of; the
+    answer gets them too, and the smoke test checks them. ``traffic`` is a TraceQL query for the requests of anybody,
+    where the scenario also has an answer about those that its driver did not send.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Scenario(Generic[AnswerT]):
     arm_facts: Callable[[Stack], Mapping[str, Attributes]] = lambda _stack: {}
     linked: bool = False
     also: Callable[[TempoClient, int, int], list[Trace]] = lambda _store, _start_ns, _end_ns: []
+    traffic: str = ""
     max_tokens: int = 8
     concurrency: int = 2
     request_timeout_s: float = 60.0

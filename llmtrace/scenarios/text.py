@@ -34,14 +34,15 @@ def verification_text(result: Verification) -> Iterator[RenderableType]:
             yield Text(f"    {problem.component}: {problem.message}" + (f" ({problem.hint})" if problem.hint else ""))
     for failure in result.failed_requests:
         yield Text(f"    a request failed: {failure}", style="red")
-    bad = sum(bool(t.problems) for t in result.traces)
+    if (more := result.wrong - sum(bool(t.problems) for t in result.traces)) > 0:
+        yield Text(f"... and {more:,} more that are wrong and not listed, with --json neither", style="dim")
     blamed = sorted({p.component for t in result.traces for p in t.problems})
     tolerance = f"clock tolerance {result.clock_tolerance_ms:g} ms"
     if result.ok:
-        yield Text(f"{len(result.traces)} traces, each one complete tree ({tolerance})", style="bold green")
+        yield Text(f"{result.checked:,} traces, each one complete tree ({tolerance})", style="bold green")
     else:
         yield Text(
-            f"{bad} of {len(result.traces)} traces are wrong; look at: "
+            f"{result.wrong:,} of {result.checked:,} traces are wrong; look at: "
             f"{', '.join(blamed) or 'the gateways'} ({tolerance})",
             style="bold red",
         )

@@ -1,7 +1,9 @@
-"""What a request was at the gateway, moment by moment, and which of the picker's metrics counted it.
+"""What a request was at the gateway, moment by moment, and which of the metrics that scalers look at it was part of.
 
-A scaler sees numbers; which requests they were made of follows from the requests' traces: a request is in
-``flow_control_queue_size`` from its arrival until it may be scheduled, and in ``request_running`` from then on.
+A scaler sees numbers; which requests they were made of follows from the requests' traces. A request is in
+``flow_control_queue_size`` from its arrival until it may be scheduled, in ``request_running`` from then on, and its
+prompt in ``inflight_tokens`` from then until its first token. Of numbers that no request is part of at a moment, such
+as a quantile of latencies, none can be told.
 """
 
 from __future__ import annotations
@@ -9,20 +11,22 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
+from typing import NamedTuple
 
 from llmtrace.semconv import attributes as a
-from llmtrace.traces.model import Trace
+from llmtrace.traces.model import AttributeValue, Span, Trace
 
-_NAME = re.compile(r"llm_d_epp_\w+|inference_\w+")
+_NAME = re.compile(r"[a-zA-Z_:][\w:]*")
 _MODEL = re.compile(r'(?:target_)?model_name\s*=\s*"((?:[^"\\]|\\.)*)"')
 
 
-@dataclass(frozen=True, slots=True)
-class Stay:
+class Stay(NamedTuple):
     """A request at the gateway. Times in nanoseconds since the epoch.
 
-    It waited from ``arrived_ns`` to ``dispatched_ns`` and ran from then to ``ended_ns``; where it was never
-    dispatched the latter two are equal. ``span_id`` is that of ``gateway.request``.
+    It waited from ``arrived_ns`` to ``dispatched_ns``, gave its first token at ``first_token_ns`` and ran until
+    ``ended_ns``; what never came is as late as what came after it. ``prompt_tokens`` are those of its prompt that were
+    in no cache. ``span_id`` is that of ``gateway.request``.
     """
 
     trace_id: str
@@ -30,79 +34,133 @@ class Stay:
     model: str
     arrived_ns: int
     dispatched_ns: int
+    first_token_ns: int
     ended_ns: int
+    prompt_tokens: int
 
 
 def stay(trace: Trace) -> Stay | None:
     """The request of a trace at the gateway; None where the trace has none.
 
     Where the picker traces its queue, that span tells the wait; else, as with llm-d's own, it is the time from the
-    start of the orchestration to the first scheduling profile.
+    start of the orchestration to the first scheduling profile. Tokens and the first token are the gateway's, else the
+    first model server's.
     """
-    gateway = orchestration = queue = profile = None
-    for span in trace.spans:
-        name = span.name
-        if name == a.GATEWAY_SPAN:
-            gateway = gateway or span
-        elif name == a.ORCHESTRATION_SPAN:
-            orchestration = orchestration or span
-        elif name == a.FLOW_SPAN:
-            queue = queue or span
-        elif name == a.PROFILE_SPAN:
-            profile = profile or span
+    # The first of each name: there may be millions of traces.
+    first = {span.name: span for span in reversed(trace.spans)}
+    gateway, orchestration = first.get(a.GATEWAY_SPAN), first.get(a.ORCHESTRATION_SPAN)
     if gateway is None or orchestration is None:
         return None
+    queue, profile, server = first.get(a.FLOW_SPAN), first.get(a.PROFILE_SPAN), first.get(a.SERVER_SPAN)
     model = orchestration.attributes.get(a.TARGET_MODEL) or orchestration.attributes.get(a.REQUEST_MODEL)
     arrived = queue.start_ns if queue else orchestration.start_ns
     dispatched = profile.start_ns if profile else gateway.end_ns
     if queue and profile:
         dispatched = queue.end_ns
+    ended = max(gateway.end_ns, dispatched)
+    told = gateway.attributes
+    prompt = told.get(a.INPUT_TOKENS)
+    if prompt is None and server is not None:
+        prompt = server.attributes.get(a.VLLM_PROMPT_TOKENS)
     return Stay(
         trace.trace_id,
         gateway.span_id,
         model if isinstance(model, str) else "",
         arrived,
         dispatched,
-        max(gateway.end_ns, dispatched),
+        min(max(_first_token(gateway, server, ended), dispatched), ended),
+        ended,
+        max(_whole(prompt) - _whole(told.get(a.CACHED_TOKENS)), 0),
     )
 
 
+def _first_token(gateway: Span, server: Span | None, otherwise: int) -> int:
+    waited_ms = gateway.attributes.get(a.GATEWAY_TTFT)
+    if isinstance(waited_ms, int | float):
+        return gateway.start_ns + int(waited_ms * 1e6)
+    waited_s = server.attributes.get(a.VLLM_TTFT) if server else None
+    return server.start_ns + int(waited_s * 1e9) if server and isinstance(waited_s, int | float) else otherwise
+
+
+def _whole(value: AttributeValue) -> int:
+    return int(value) if isinstance(value, int | float) else 0
+
+
 class Part(StrEnum):
-    """The part of a request's stay that a metric counts."""
+    """The part of a request's stay in which it is in a metric."""
 
     WAITING = "waiting"
     RUNNING = "running"
-    ALL = "all"
+    PREFILLING = "prefilling"
+
+
+class Unit(StrEnum):
+    """What a metric is a sum of: requests, so that its value is their number; their prompts' tokens; or a measure of
+    load that requests cause, and that is no sum over them."""
+
+    REQUESTS = "requests"
+    TOKENS = "tokens"
+    LOAD = "load"
+
+
+_METRICS = (
+    (re.compile(r"(llm_d_(router_)?epp|inference_extension)_flow_control_queue_size"), Part.WAITING, Unit.REQUESTS),
+    (re.compile(r"(llm_d_(router_)?epp|inference_extension)_flow_control_queue_bytes"), Part.WAITING, Unit.LOAD),
+    (re.compile(r"llm_d_(router_)?epp_inflight_tokens"), Part.PREFILLING, Unit.TOKENS),
+    (re.compile(r"llm_d_(router_)?epp_(request_running|inflight_requests)"), Part.RUNNING, Unit.REQUESTS),
+    (re.compile(r"inference_(model|objective)_running_requests"), Part.RUNNING, Unit.REQUESTS),
+    (
+        re.compile(r"(llm_d_(router_)?epp|inference_extension)_flow_control_pool_saturation"),
+        Part.RUNNING,
+        Unit.LOAD,
+    ),
+    (
+        re.compile(r"vllm:(num_requests_(running|waiting)|kv_cache_usage_perc|gpu_cache_usage_perc)"),
+        Part.RUNNING,
+        Unit.LOAD,
+    ),
+)
+"""By name; where a query has several, the first of these that it has is what it is about."""
 
 
 @dataclass(frozen=True)
 class Demand:
-    """The requests that a query counts: in which part of their stay, and of which model (None: of any)."""
+    """The requests that are in a query's value: in which part of their stay, and of which model (None: of any).
 
-    part: Part
+    With ``part`` None nobody can tell: it is *not attributable*.
+    """
+
+    part: Part | None
     model: str | None = None
+    unit: Unit = Unit.REQUESTS
 
     def interval(self, found: Stay) -> tuple[int, int]:
         """When the request is counted, as far as its model is."""
         if self.part is Part.WAITING:
             return found.arrived_ns, found.dispatched_ns
-        if self.part is Part.RUNNING:
-            return found.dispatched_ns, found.ended_ns
-        return found.arrived_ns, found.ended_ns
+        if self.part is Part.PREFILLING:
+            return found.dispatched_ns, found.first_token_ns
+        return found.dispatched_ns, found.ended_ns
+
+    def weight(self, found: Stay) -> int:
+        """How much of the value is the request's, in relation to others': its tokens, or how long it is in it."""
+        start, end = self.interval(found)
+        return found.prompt_tokens if self.unit is Unit.TOKENS else end - start
 
     def counts(self, found: Stay, since_ns: int, until_ns: int) -> bool:
-        """Whether the query counted the request at some time from ``since_ns`` to ``until_ns``."""
+        """Whether the request was in the value at some time from ``since_ns`` to ``until_ns``."""
+        if self.part is None or self.model not in (None, found.model):
+            return False
         start, end = self.interval(found)
-        return (self.model is None or found.model == self.model) and start < until_ns and end > since_ns and end > start
+        return start < until_ns and end > since_ns and end > start
 
 
+@lru_cache(1024)
 def demand(query: str) -> Demand:
-    """What a PromQL query over the picker's metrics counts; one that is not known counts a request's whole stay."""
-    names = " ".join(_NAME.findall(query))
-    part = Part.ALL
-    if "queue_size" in names or "queue_bytes" in names:
-        part = Part.WAITING
-    elif "running" in names:
-        part = Part.RUNNING
-    model = _MODEL.search(query)
-    return Demand(part, model[1].replace('\\"', '"').replace("\\\\", "\\") if model else None)
+    """The requests that are in a PromQL query's value, by the metrics that it names."""
+    names = _NAME.findall(query)
+    for pattern, part, unit in _METRICS:
+        if any(pattern.fullmatch(name) for name in names):
+            model = _MODEL.search(query)
+            return Demand(part, model[1].replace('\\"', '"').replace("\\\\", "\\") if model else None, unit)
+    return Demand(None)

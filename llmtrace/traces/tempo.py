@@ -18,6 +18,8 @@ from llmtrace.traces.otlp import MalformedError, decode_trace
 
 _BAD_URL = (httpx.InvalidURL, UnicodeError, OverflowError)
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+PAGE = 5000
+"""Traces that one search gives at most; the kit's own store gives 10,000."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,23 @@ class TempoClient:
             f"{self.base_url}{path} did not answer as Tempo does; check that the URL is that of a Tempo, "
             "or of the kit's store"
         )
+
+
+def search_all(store: TempoClient, q: str, *, start_s: int, end_s: int) -> list[TraceSummary]:
+    """All traces with spans that match the TraceQL query ``q``, each once, newest first.
+
+    A search gives no more than :data:`PAGE`; of a time with more, the halves are searched. UserError where a single
+    second has more, and from the store.
+    """
+    found = store.search(q, start_s=start_s, end_s=end_s, limit=PAGE)
+    if len(found) < PAGE:
+        return found
+    if start_s >= end_s:
+        raise UserError(f"the second {start_s} (Unix time) has {PAGE} traces of {q} or more: no search gives them all")
+    middle_s = (start_s + end_s) // 2
+    halves = (start_s, middle_s), (middle_s + 1, end_s)
+    distinct = {s.trace_id: s for half in halves for s in search_all(store, q, start_s=half[0], end_s=half[1])}
+    return sorted(distinct.values(), key=lambda summary: summary.start_ns, reverse=True)
 
 
 def _summary(entry: Mapping[str, Any]) -> TraceSummary:

@@ -135,6 +135,9 @@ def test_a_decision_and_its_requests_lead_to_each_other(stack: Stack, answered: 
         assert queue.start_ns < root.start_ns
         assert queue.end_ns > root.start_ns - decision_window_ns(root)
         assert request.named(a.ORCHESTRATION_SPAN)[0].attributes[a.TARGET_MODEL] == stack.model + DRIVING
+    shown = llmtrace("trace", min(linked))
+    assert shown.returncode == 0, shown.stderr
+    assert f"drove the decision {decision['trace_id']}, which links to it" in shown.stdout
 
 
 def decision_window_ns(root: Span) -> int:

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ import httpx
 import pytest
 import yaml
 from example_scaling import REPORTS
-from kubernetes_load import CHATS, QUEUE, Load, Sink
+from kubernetes_load import CHATS, LONGEST_S, QUEUE, Load, Sink
 from kubernetes_metrics import GROUP, Adapter, prometheus_of
 from kubernetes_plane import NAMESPACE, WATCHER, Nodes, Plane, Running, control_plane
 from loopback import Receiver, free_port, receiving, until
@@ -35,7 +35,7 @@ from bench.processes import process
 from llmtrace.autoscale.kubernetes.api import Api, Kind, follow
 from llmtrace.autoscale.kubernetes.cluster import PODS
 from llmtrace.autoscale.kubernetes.objects import Object
-from llmtrace.scenarios.autoscaling.answer import answer
+from llmtrace.scenarios.autoscaling.answer import AutoscalingAnswer, answer
 from llmtrace.semconv import attributes as a
 from llmtrace.traces.demand import stay
 from llmtrace.traces.model import Span, Trace
@@ -47,6 +47,7 @@ DEPLOYMENT = f"/apis/apps/v1/namespaces/{NAMESPACE}/deployments"
 SCALED_OBJECT = f"/apis/keda.sh/v1alpha1/namespaces/{NAMESPACE}/scaledobjects"
 WAIT_S = 60
 GRACE_S = 20
+SAMPLE_AGE_S = 5
 SECOND = 10**9
 pytestmark = pytest.mark.timeout(420)
 
@@ -193,7 +194,7 @@ class Scene:
         command = [
             sys.executable, "-m", "llmtrace.autoscale.kubernetes", f"--kubeconfig={self.plane.kubeconfig(WATCHER)}",
             f"--namespace={NAMESPACE}", "--own-namespace=llmtrace", f"--identity=watcher-{number}",
-            f"--store={self.store}", "--sample-age=5s", "--settle=8s", "--first-request-timeout=20s",
+            f"--store={self.store}", f"--sample-age={SAMPLE_AGE_S}s", "--settle=8s", "--first-request-timeout=20s",
             f"--lease-duration={lease_s}s", "--port=0",
         ]  # fmt: skip
         environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": self.receiver.url}
@@ -215,6 +216,11 @@ class Scene:
         """Let so many requests wait, until so many replicas are ready."""
         self.load.wait(waiting)
         until(lambda: self.replicas() == (number, number), f"{number} replicas", WAIT_S, poll_s=0.2)
+
+    def counted(self, change: Change) -> frozenset[str]:
+        """The reports that Prometheus had counted when the HPA last asked before a change."""
+        asked = max(q for q in self.asked if q < change.time_s)
+        return max((s for s in self.load.scrapes if s[0] < asked), key=lambda s: s[0])[1]
 
     def decisions(self) -> list[Trace]:
         traces = [self.receiver.trace(i) for i in self.receiver.trace_ids()]
@@ -242,7 +248,7 @@ def trace_store(folder: Path) -> Iterator[str]:
         child.wait(20)
 
 
-def install(plane: Plane, port: int, scaled: dict[str, Any]) -> None:
+def install(plane: Plane, port: int, metric: str) -> None:
     """Namespaces, the metric's API at ``port``, the watcher's permissions, and what is scaled."""
     for name in (NAMESPACE, "llmtrace"):
         plane.call("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
@@ -264,21 +270,20 @@ def install(plane: Plane, port: int, scaled: dict[str, Any]) -> None:
             f"/apis/rbac.authorization.k8s.io/v1/namespaces/{item['metadata']['namespace']}/{item['kind'].lower()}s"
         )
         plane.call("POST", folder, item)
-    until(lambda: plane.serves(f"/apis/{GROUP}/namespaces/{NAMESPACE}/s0-prometheus"), "the metric", WAIT_S, poll_s=0.2)
+    until(lambda: plane.serves(f"/apis/{GROUP}/namespaces/{NAMESPACE}/{metric}"), "the metric", WAIT_S, poll_s=0.2)
+    plane.call("POST", DEPLOYMENT, DEPLOYMENT_OBJECT)
+
+
+def install_scaled_object(plane: Plane) -> None:
+    """The ScaledObject, and the HPA that KEDA would make of it."""
     plane.call("POST", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", DEFINITION)
     until(lambda: plane.serves(SCALED_OBJECT), "ScaledObjects", WAIT_S, poll_s=0.2)
-    plane.call("POST", DEPLOYMENT, DEPLOYMENT_OBJECT)
-    plane.call("POST", HPA, keda_hpa(plane.call("POST", SCALED_OBJECT, scaled)))
+    plane.call("POST", HPA, keda_hpa(plane.call("POST", SCALED_OBJECT, scaled_object())))
 
 
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    """A scaler's work, and what watchers may meet.
-
-    Up, while the first is killed; up while nobody watches; down while the API server restarts below the second; up to
-    the limit while the third hangs and the fourth takes over; down when the third is back and the fourth is gone.
-    """
-    folder = tmp_path_factory.mktemp("kubernetes")
+@contextmanager
+def stage(folder: Path, queries: Mapping[str, str], scaler: Callable[[Plane], None]) -> Iterator[Scene]:
+    """Everything but the watcher: the HPA asks for the metrics of ``queries``; ``scaler`` installs it."""
     with ExitStack() as stack:
         running = stack.enter_context(control_plane(folder))
         receiver = stack.enter_context(receiving())
@@ -288,11 +293,10 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         load.start()
         stack.callback(load.close)
         client = stack.enter_context(prometheus_of(load.port, folder / "prometheus"))
-        scaled = scaled_object()
-        queries = {metric: trigger["metadata"]["query"] for metric, trigger in keda_metrics(scaled)}
         adapter = Adapter(folder / "certificate.pem", folder / "key.pem", client, queries)
         stack.callback(adapter.close)
-        install(running.plane, adapter.port, scaled)
+        install(running.plane, adapter.port, next(iter(queries)))
+        scaler(running.plane)
         path = f"/api/v1/namespaces/{NAMESPACE}/pods"
         version = running.plane.call("GET", path)["metadata"]["resourceVersion"]
         nodes, recorder = Nodes(running.plane, sink), Recorder(running.plane)
@@ -301,6 +305,19 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
             stack.callback(thread.close)
         found = Scene(running, load, adapter.asked, nodes, recorder, receiver, store, folder, version)
         until(lambda: found.replicas() == (1, 1), "the first replica", WAIT_S, poll_s=0.2)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    """A scaler's work, and what watchers may meet.
+
+    Up, while the first is killed; up while nobody watches; down while the API server restarts below the second; up to
+    the limit while the third hangs and the fourth takes over; down when the third is back and the fourth is gone.
+    """
+    queries = {metric: trigger["metadata"]["query"] for metric, trigger in keda_metrics(scaled_object())}
+    with stage(tmp_path_factory.mktemp("kubernetes"), queries, install_scaled_object) as found:
+        running, load = found.running, found.load
         with found.watcher(1) as first:
             until(lambda: '"size":1' in found.state(), "the watcher's first look", WAIT_S, poll_s=0.2)
             load.wait(2)
@@ -427,17 +444,49 @@ def test_a_decision_links_to_the_requests_that_the_scaler_had_counted(scene: Sce
     for trace in scene.decisions():
         if root(trace).attributes[a.REPLICAS_DESIRED] == 3:
             continue  # Nobody saw its metrics.
-        asked = max(q for q in scene.asked if q < changes[trace.trace_id].time_s)
-        counted = max((s for s in scene.load.scrapes if s[0] < asked), key=lambda s: s[0])[1]
+        counted = scene.counted(changes[trace.trace_id])
         linked = {link.trace_id for link in root(trace).links}
         assert counted <= linked, trace
         assert counted
         assert {requests[i].model for i in linked} == {REPORTS}
 
 
-def test_the_answer_finds_what_drove_the_scaler(scene: Scene):
+def answered(scene: Scene) -> AutoscalingAnswer:
     traces = [*scene.load.requests, *(scene.receiver.trace(i) for i in scene.receiver.trace_ids())]
-    found = answer("run", traces)
+    return answer("run", traces)
+
+
+def against_scrapes(scene: Scene) -> tuple[float, float]:
+    """Precision and recall of the answer's drivers against the requests that were in the sample that the HPA decided
+    on, of all decisions that added replicas and whose metrics were seen."""
+    drivers: dict[str, set[str]] = {}
+    found = answered(scene)
+    for request_id, ids in found.led_to.items():
+        for decision_id in ids:
+            drivers.setdefault(decision_id, set()).add(request_id)
+    changed = [d for d in found.decisions if d.current != d.desired]
+    right = told = due = 0
+    for decision, change in zip(changed, scene.recorder.changes, strict=True):
+        if decision.desired > decision.current and decision.value is not None:
+            counted = scene.counted(change)
+            right += len(counted & drivers[decision.id])
+            told += len(drivers[decision.id])
+            due += len(counted)
+    return right / told, right / due
+
+
+def test_the_drivers_are_those_of_the_sample_and_their_neighbours(scene: Scene):
+    """No trace tells when Prometheus looked: the window is as long as a sample may be old, and in it each place in the
+    queue is taken by two or three requests after one another."""
+    precision, recall = against_scrapes(scene)
+    print(f"precision {precision:.2f}, recall {recall:.2f} against the very samples")
+    assert recall == 1.0
+    window_s = SAMPLE_AGE_S + 1  # the HPA's times are cut to seconds
+    assert precision >= 1 / (2 + window_s / LONGEST_S)
+
+
+def test_the_answer_finds_what_drove_the_scaler(scene: Scene):
+    found = answered(scene)
     assert (found.attribution.precision, found.attribution.recall) == (1.0, 1.0)
     assert [c.name for c in found.checks if c.disagreements] == []
     changes = [(d.current, d.desired) for d in found.decisions if d.current != d.desired]

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from example_scaling import MODEL, REPORTS, SECOND, ns, record, request, starts
+from example_scaling import MODEL, REPORTS, SECOND, decision_trace, ns, record, request, starts, stops
 
-from llmtrace.autoscale.evidence import MOST_READ, drivers, first_token, refine
-from llmtrace.autoscale.record import ReplicaRecord
+from llmtrace.autoscale import evidence
+from llmtrace.autoscale.evidence import MOST_LINKS, Drivers, drained, drivers, first_token, refine
+from llmtrace.autoscale.record import DecisionRecord, MetricRecord, ReplicaRecord
 from llmtrace.semconv import attributes as a
-from llmtrace.traces.demand import Demand, Part, demand, stay
+from llmtrace.traces.demand import Demand, Part, Stay, Unit, demand, stay
 from llmtrace.traces.model import Span, Trace
-from llmtrace.traces.tempo import TraceSummary
+from llmtrace.traces.tempo import PAGE, TraceSummary
 
 
 @dataclass
@@ -28,18 +29,22 @@ class Store:
         name = re.search(r'name = "([^"]+)"', q)
         model = re.search(rf'span\.{a.TARGET_MODEL} = "([^"]+)"', q)
         instance = re.search(r'resource\.service\.instance\.id = "([^"]+)"', q)
-        assert limit <= MOST_READ
+        endpoint = re.search(rf'span\.{a.ENDPOINT_NAME} = "([^"]+)"', q)
+        assert limit <= PAGE
         found = []
         for trace in self.traces:
-            first = min(s.start_ns for s in trace.spans)
+            first, last = min(s.start_ns for s in trace.spans), max(s.end_ns for s in trace.spans)
             fits = any(
-                (not name or s.name == name[1])
-                and (not model or s.attributes.get(a.TARGET_MODEL) == model[1])
-                and (not instance or instance[1] in (s.instance, s.resource.get("k8s.pod.name")))
+                (
+                    (not name or s.name == name[1])
+                    and (not model or s.attributes.get(a.TARGET_MODEL) == model[1])
+                    and (not instance or instance[1] in (s.instance, s.resource.get("k8s.pod.name")))
+                )
+                or (endpoint and s.attributes.get(a.ENDPOINT_NAME) == endpoint[1])
                 for s in trace.spans
             )
-            if fits and start_s <= first / SECOND <= end_s:
-                took = (max(s.end_ns for s in trace.spans) - first) // 1_000_000
+            if fits and first < (end_s + 1) * SECOND and last >= start_s * SECOND:
+                took = (last - first) // 1_000_000
                 found.append(TraceSummary(trace.trace_id, "", "", first, took, 1))
         return found[:limit]
 
@@ -52,6 +57,22 @@ def store(*traces: Trace) -> Any:
     return Store(list(traces))
 
 
+def stays(kept: Any, decision: DecisionRecord) -> tuple[Stay, ...]:
+    """The drivers of a decision, all of which were read."""
+    found = drivers(kept, decision)
+    assert found is not None
+    assert found.unread == 0
+    return found.stays
+
+
+TOKENS = '{namespace="llm-d", producer_name="inflight-load-producer"}'
+WORKAROUND = (
+    f'label_replace(llm_d_epp_inflight_tokens{TOKENS}, "target_pod", "$1", "endpoint_name", "(.+)") and on (target_pod)'
+    ' label_replace(llm_d_epp_per_endpoint_queue_size, "target_pod", "$1", "model_server_endpoint", "(.+)")'
+)
+PREDICTED = "histogram_quantile(0.9, sum(rate(llm_d_epp_request_predicted_ttft_seconds_bucket[1m])) by (le)) / 3"
+
+
 def test_the_drivers_are_those_that_waited_in_the_window() -> None:
     kept = store(
         request(1, 10, wait=20),  # waits through the window
@@ -61,7 +82,7 @@ def test_the_drivers_are_those_that_waited_in_the_window() -> None:
         request(5, 10, wait=20, kind="chats"),  # of a model that the query does not count
         request(6, 29.5, wait=0, run=9),  # runs, and never waited
     )
-    found = drivers(kept, record(30, 1, 3, 2.0))
+    found = stays(kept, record(30, 1, 3, 2.0))
     assert [int(s.trace_id, 16) for s in found] == [1, 2]
     assert {int(i, 16) for i in kept.read} == {1, 2, 6}  # nothing else is even read
     assert found[0].span_id == f"{2:016x}"  # that of gateway.request
@@ -69,13 +90,100 @@ def test_the_drivers_are_those_that_waited_in_the_window() -> None:
 
 def test_a_decision_whose_time_is_cut_to_seconds_was_driven_until_its_second_was_over() -> None:
     kept = store(request(1, 30.4, wait=5), request(2, 31.2, wait=5))
-    assert drivers(kept, record(30, 1, 3, 2.0)) == []
-    found = drivers(kept, record(30, 1, 3, 2.0, resolution_ms=1000.0))
+    assert stays(kept, record(30, 1, 3, 2.0)) == ()
+    found = stays(kept, record(30, 1, 3, 2.0, resolution_ms=1000.0))
     assert [int(s.trace_id, 16) for s in found] == [1]
 
 
 def test_a_decision_without_a_metric_has_no_drivers() -> None:
-    assert drivers(store(request(1, 10, wait=20)), record(30, 1, 1, None, metric=None)) == []
+    assert drivers(store(request(1, 10, wait=20)), record(30, 1, 1, None, metric=None)) == Drivers()
+
+
+def test_a_decision_says_how_many_drove_it_and_that_links_and_reading_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence, "MOST_READ", 40)
+    kept = store(*(request(n, 30 - n / 10, wait=n / 5) for n in range(1, 51)))
+    found = drivers(kept, record(30, 1, 3, 50.0))
+    assert found is not None
+    # Read were those that lasted longest.
+    assert [int(s.trace_id, 16) for s in found.stays] == list(range(50, 10, -1))
+    root = decision_trace(record(30, 1, 3, 50.0), found).roots[0]
+    assert [root.attributes[k] for k in (a.DRIVERS_FOUND, a.DRIVERS_LINKED, a.DRIVERS_UNREAD)] == [40, MOST_LINKS, 10]
+    assert [int(link.trace_id, 16) for link in root.links] == list(range(50, 50 - MOST_LINKS, -1))
+
+
+def handled(number: int, at: float, end: float, *, endpoint: str = "", failed: bool = False, pods: Any = ()) -> Trace:
+    """A request at the gateway, which sent it to an endpoint, and the pods with a span of it; True: one that failed."""
+    trace_id = f"{number:032x}"
+
+    def span(n: int, name: str, error: bool, resource: dict[str, str], **attributes: str) -> Span:
+        return Span(
+            trace_id, f"{n:016x}", None, name, "SERVER", ns(at), ns(end),
+            status="ERROR" if error else "UNSET", attributes=attributes, resource=resource,
+        )  # fmt: skip
+
+    told = {a.ENDPOINT_NAME: endpoint} if endpoint else {}
+    spans = [span(1, a.GATEWAY_SPAN, failed, {"service.name": a.PICKER_SERVICE}, **told)]
+    for n, (pod, error) in enumerate(pods, 2):
+        spans.append(span(n, a.SERVER_SPAN, error, {"service.name": "vllm", "k8s.pod.name": pod}))
+    return Trace(trace_id, tuple(spans))
+
+
+def test_requests_on_a_pod_that_was_stopped_are_counted_by_their_traces() -> None:
+    kept = store(
+        handled(1, 45, 55, pods=[("vllm-1", False)]),  # finished while it drained
+        handled(2, 45, 58, failed=True, pods=[("vllm-1", True)]),
+        handled(3, 45, 58, failed=True, endpoint="llm-d/vllm-1"),  # the server was killed, and sent nothing
+        handled(4, 45, 70, pods=[("vllm-1", True), ("vllm-0", False)]),  # a gateway tried again elsewhere
+        handled(5, 45, 49, failed=True, pods=[("vllm-1", True)]),  # before
+        handled(6, 45, 58, failed=True, endpoint="llm-d/vllm-0", pods=[("vllm-0", True)]),  # another pod
+    )
+    drain = stops("vllm-1", 50, took=10)
+    drain.running = drain.cut = None
+    drained(kept, drain, "llm-d")
+    assert (drain.running, drain.cut, drain.moved, drain.outcome) == (4, 2, 1, a.OUTCOME_CUT)
+    (span,) = decision_trace(record(50, 2, 1, 0.0, replicas=[drain])).named(a.DRAIN_SPAN)
+    assert [span.attributes[k] for k in (a.DRAIN_RUNNING, a.DRAIN_CUT, a.DRAIN_MOVED)] == [4, 2, 1]
+
+
+def test_what_was_counted_on_the_spot_stays() -> None:
+    drain = stops("vllm-1", 50, running=3)
+    kept = store(handled(2, 45, 52, failed=True, pods=[("vllm-1", True)]))
+    drained(kept, drain, "llm-d")
+    assert (drain.running, drain.cut, drain.moved) == (3, 0, None)
+    assert kept.read == []
+
+
+def on(query: str) -> DecisionRecord:
+    """A decision at 30 s on another metric."""
+    metric = MetricRecord(name="m", query=query, target=1.5, target_type="AverageValue", value=3.0, proposal=2)
+    return record(30, 1, 2, 3.0, metric="m", metrics=[metric])
+
+
+def test_what_is_in_a_backlog_of_tokens_are_prompts_until_their_first_token_the_longest_first() -> None:
+    kept = store(
+        request(1, 25, wait=0, run=20, ttft=8, tokens=110),  # prefilled through the window
+        request(2, 25, wait=0, run=20, ttft=6, tokens=5010),  # the same, of more tokens
+        request(3, 20, wait=0, run=20, ttft=5, tokens=9010),  # done before it
+        request(4, 25, wait=20, tokens=9010),  # waits: no server has it yet
+    )
+    found = stays(kept, on(f"(sum(llm_d_epp_inflight_tokens{TOKENS}) / 15928) or vector(0)"))
+    assert [(int(s.trace_id, 16), s.prompt_tokens) for s in found] == [(2, 5000), (1, 100)]
+
+
+def test_saturation_is_due_to_what_the_servers_have_and_not_to_what_waits_for_them() -> None:
+    kept = store(request(1, 25, wait=0, run=20), request(2, 25, wait=20), request(3, 25, wait=0, run=9, kind="chats"))
+    found = stays(kept, on('max(llm_d_epp_flow_control_pool_saturation{inference_pool="p"})'))
+    assert [int(s.trace_id, 16) for s in found] == [1, 3]
+
+
+def test_where_nobody_can_tell_the_decision_claims_no_number() -> None:
+    kept = store(request(1, 10, wait=40))
+    decision = on("slo:saturation:smoothed")
+    assert drivers(kept, decision) is None
+    assert kept.read == []
+    root = decision_trace(decision, None).roots[0]
+    assert a.DRIVERS_FOUND not in root.attributes
+    assert root.links == ()
 
 
 def startup(name: str, loading: float, done: float) -> Trace:
@@ -167,10 +275,19 @@ def test_a_pod_without_a_request_in_time_has_none() -> None:
             'sum(llm_d_epp_request_running{job="picker",model_name="Qwen/Qwen3-32B"})',
             Demand(Part.RUNNING, "Qwen/Qwen3-32B"),
         ),
-        ("max(llm_d_epp_flow_control_pool_saturation)", Demand(Part.ALL)),
+        ("max(llm_d_epp_flow_control_pool_saturation)", Demand(Part.RUNNING, None, Unit.LOAD)),
+        (f"(sum(llm_d_epp_inflight_tokens{TOKENS}) / 15928) or vector(0)", Demand(Part.PREFILLING, None, Unit.TOKENS)),
+        (f"sum({WORKAROUND})", Demand(Part.PREFILLING, None, Unit.TOKENS)),
+        ("sum(llm_d_epp_inflight_requests)", Demand(Part.RUNNING)),
+        ('sum(vllm:kv_cache_usage_perc{pod=~".*decode.*"}) or vector(0)', Demand(Part.RUNNING, None, Unit.LOAD)),
+        ("sum(llm_d_epp_flow_control_queue_bytes)", Demand(Part.WAITING, None, Unit.LOAD)),
+        (PREDICTED, Demand(None)),
+        ("sum(rate(llm_d_epp_flow_control_request_queue_duration_seconds_count[1m]))", Demand(None)),
+        ('composite-metric{scaledobject.keda.sh/name="vllm"}', Demand(None)),
+        ('wva_desired_replicas{variant_name="v"}', Demand(None)),
         ("sum(inference_extension_flow_control_queue_size)", Demand(Part.WAITING)),
         ('sum(inference_objective_running_requests{target_model_name = "a\\"b"})', Demand(Part.RUNNING, 'a"b')),
-        ("up", Demand(Part.ALL)),
+        ("up", Demand(None)),
     ],
 )
 def test_what_a_query_counts(query: str, expected: Demand) -> None:
@@ -182,6 +299,7 @@ def test_a_stay_by_the_queues_span_or_by_the_gap(queue_span: bool) -> None:
     found = stay(request(1, 10, wait=4, run=2, kind="chats", queue_span=queue_span))
     assert found is not None
     assert (found.model, found.arrived_ns, found.dispatched_ns, found.ended_ns) == (MODEL, ns(10), ns(14), ns(16))
+    assert found.first_token_ns == ns(14.05)  # by vLLM's span; the gateway says nothing
 
 
 def test_a_request_that_was_never_dispatched_waited_until_its_end() -> None:

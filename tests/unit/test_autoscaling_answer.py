@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -24,8 +25,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from bench.autoscaling import measure, within_limits
+from llmtrace.autoscale.record import MetricRecord
 from llmtrace.errors import UserError
-from llmtrace.scenarios.autoscaling import SCENARIO
+from llmtrace.scenarios.autoscaling import SCENARIO, report
 from llmtrace.scenarios.autoscaling.answer import AutoscalingAnswer, answer
 from llmtrace.scenarios.autoscaling.expected import expected
 from llmtrace.scenarios.autoscaling.requests import Overlaps
@@ -34,6 +37,8 @@ from llmtrace.scenarios.expectation import verify_trace
 from llmtrace.semconv import attributes as a
 from llmtrace.semconv.conformance import check
 from llmtrace.traces.model import Trace
+
+ANSWER = sys.modules[answer.__module__]
 
 
 def burst() -> list[Trace]:
@@ -224,7 +229,21 @@ def test_waits_that_two_decisions_have_in_common_count_once() -> None:
 
 def test_a_drain_that_cut_requests() -> None:
     down = decision_trace(record(50, 2, 1, 0.0, replicas=[stops("vllm-1", 50, running=3, cut=2)]))
-    assert answer("run-1", [request(1, 1), down]).decisions[0].verdict == "cut requests"
+    (decision,) = answer("run-1", [request(1, 1), down]).decisions
+    assert [d.model_dump() for d in decision.drained] == [
+        {"name": "vllm-1", "outcome": a.OUTCOME_CUT, "running": 3, "cut": 2, "moved": None}
+    ]
+    assert verdict_text(decision) == "cut requests (3 running, 2 cut)"
+
+
+def test_a_container_that_was_killed_cut_requests_if_nobody_counted_them() -> None:
+    drain = stops("vllm-1", 50, cut=1)
+    verdicts = []
+    for cut in (None, 0):
+        drain.cut = cut
+        down = decision_trace(record(50, 2, 1, 0.0, replicas=[drain]))
+        verdicts.append(answer("run-1", [request(1, 1), down]).decisions[0].verdict)
+    assert verdicts == ["cut requests", "harmless"]
 
 
 def test_flapping() -> None:
@@ -285,17 +304,108 @@ def test_a_replica_that_never_came_is_no_fault_of_the_trace() -> None:
         assert (verify_trace(alone, expected(alone)) == []) is good
 
 
+def drivers_of(found: AutoscalingAnswer) -> list[set[str]]:
+    """The requests that drove each decision that added replicas, by the way back; of others none is told."""
+    told: dict[str, set[str]] = {d.id: set() for d in found.decisions}
+    for request_id, led in found.led_to.items():
+        for decision_id in led:
+            told[decision_id].add(request_id)
+    return list(told.values())
+
+
 def test_a_day_is_attributed_without_a_mistake() -> None:
-    """Every driver of every decision is found, and nothing else: chats that wait as long, reports before and after."""
+    """Every driver of every decision is found, and nothing else: neither chats that wait as long, nor reports that
+    waited until 50 ms before the window, or from 50 ms after it."""
     day = Day(requests=6000, decisions=200)
     found = answer("day", day.traces())
     assert len(found.decisions) == 200
     assert found.requests == 6000
     assert [d.drivers for d in found.decisions] == [len(mine) for mine in day.drivers]
-    for decision, mine in zip(found.decisions, day.drivers, strict=True):
-        assert set(decision.examples) <= mine
+    assert drivers_of(found)[::2] == day.drivers[::2]  # every other one adds a replica
     assert (found.attribution.precision, found.attribution.recall) == (1.0, 1.0)
     assert all(c.ok is not False for c in found.checks)
+
+
+@pytest.mark.parametrize("shift_s", [-1.0, 1.0])
+def test_a_window_that_is_a_second_off_has_others_drivers(shift_s: float) -> None:
+    day = Day(requests=600, decisions=20, shift_s=shift_s)
+    found = answer("day", day.traces())
+    assert all(told != mine for told, mine in list(zip(drivers_of(found), day.drivers, strict=True))[::2])
+
+
+def test_what_is_cut_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "led_to" not in "".join(answer("run-1", burst()).notes)
+    monkeypatch.setattr(ANSWER, "MOST_TOLD", 2)
+    monkeypatch.setattr(report, "MOST_ROWS", 1)
+    found = answer("run-1", burst())
+    assert list(found.led_to) == [f"{n:032x}" for n in (1, 2)]
+    assert found.notes == ["led_to has the first 2 of the 6 requests that drove decisions"]
+    assert "the first 1 of 2 decisions; --json has them all" in SCENARIO.html(found)
+
+
+def test_a_request_that_is_told_is_told_with_all_its_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ANSWER, "MOST_TOLD", 1)
+    ups = [decision_trace(record(at, 1, 2, 2.0, replicas=[starts("vllm-1", at)])) for at in (25, 30)]
+    found = answer("run-1", [request(1, 20, wait=60), request(2, 21, wait=60), *ups])
+    assert found.led_to == {f"{1:032x}": [d.id for d in found.decisions]}
+
+
+def on(query: str, value: float) -> Trace:
+    """A decision at 30 s to add a replica, on another metric."""
+    metric = MetricRecord(name="signal", query=query, target=1.5, target_type="AverageValue", value=value, proposal=2)
+    told = record(30, 1, 2, value, metric="signal", metrics=[metric], replicas=[starts("vllm-1", 30)])
+    return decision_trace(told)
+
+
+def shown(found: AutoscalingAnswer) -> str:
+    console = Console(width=250, record=True, file=io.StringIO())
+    for part in SCENARIO.text(found):
+        console.print(part)
+    return console.export_text()
+
+
+def test_a_backlog_of_tokens_is_due_to_prompts_by_their_tokens() -> None:
+    requests = [
+        request(1, 25, run=20, ttft=8, tokens=110),
+        request(2, 25, run=20, ttft=6, tokens=5010),
+        request(3, 20, run=20, ttft=5, tokens=9010),
+        request(4, 25, wait=20, tokens=9010),
+    ]
+    found = answer("run-1", [*requests, on("sum(llm_d_epp_inflight_tokens) / 15928", 3.0)])
+    (decision,) = found.decisions
+    assert (decision.attributable, decision.drivers, decision.driver_tokens) == (True, 2, 5100)
+    assert decision.examples == [f"{2:032x}", f"{1:032x}"]
+    assert set(found.led_to) == set(decision.examples)
+    assert "2 (5,100 tokens)" in shown(found)
+    # A number of seconds is no number of requests.
+    assert [c.ok for c in found.checks if c.name.startswith("the metric")] == [None]
+
+
+def test_saturation_is_due_to_all_that_the_servers_have() -> None:
+    requests = [request(1, 25, run=20), request(2, 25, wait=20), request(3, 25, run=9, kind="chats")]
+    found = answer("run-1", [*requests, on("max(llm_d_epp_flow_control_pool_saturation)", 1.2)])
+    assert set(found.led_to) == {f"{n:032x}" for n in (1, 3)}
+    assert found.decisions[0].driver_tokens is None
+    assert [c.ok for c in found.checks if c.name.startswith("the metric")] == [None]
+
+
+def test_what_nobody_can_tell_is_said_and_not_skipped() -> None:
+    estimated = "histogram_quantile(0.9, sum(rate(llm_d_epp_request_ttft_seconds_bucket[1m])) by (le)) / 3"
+    found = answer("run-1", [request(1, 25, wait=20), on(estimated, 2.0)])
+    (decision,) = found.decisions
+    assert (decision.attributable, decision.drivers) == (False, 0)
+    assert "not attributable: no single requests are in signal, which drove decisions" in found.notes
+    assert "not attributable" in shown(found)
+    assert f"<td>{decision.id}</td><td>not attributable</td>" in SCENARIO.html(found)
+    assert found.attribution.recall is None
+
+
+def test_the_bench_fails_above_its_limits() -> None:
+    result = measure(400, 10) | {"memory, MiB": 2048}  # that of all tests, here
+    assert result["traces verified"] == 410
+    assert within_limits(result), result
+    for worse in ({"answer, s": 10.1}, {"verify, s": 10.1}, {"memory, MiB": 2049}, {"of them wrong": 1}):
+        assert not within_limits(result | worse)
 
 
 intervals = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 30), st.integers(1, 5)), max_size=20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import typer
-from example_scaling import QUERY
+from example_scaling import QUERY, linked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_autoscaling_answer import burst
@@ -106,6 +107,7 @@ async def test_the_driver_sends_at_set_times_and_to_the_named_model(
 APP = typer.Typer()
 APP.command()(cli_scenarios.answer)
 APP.command()(cli_scenarios.verify)
+APP.command()(cli_scenarios.trace)
 
 
 def test_the_answer_takes_the_decisions_of_the_runs_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +126,91 @@ def test_the_answer_takes_the_decisions_of_the_runs_time(monkeypatch: pytest.Mon
     assert "2 decisions: 1 up, 1 down" in result.output
     assert f"next: llmtrace trace {up.trace_id}" in result.output
     assert any(a.DECISION_SPAN in query for query in kept.asked)
+
+
+def kept_in_memory(monkeypatch: pytest.MonkeyPatch, traces: list[Trace]) -> MemoryStore:
+    kept = MemoryStore({t.trace_id: t for t in traces})
+    monkeypatch.setattr(cli_scenarios, "TempoClient", lambda url: kept)
+    return kept
+
+
+def invoked(*arguments: str) -> Any:
+    return CliRunner().invoke(APP, [*arguments, "--store", "http://127.0.0.1:9"], catch_exceptions=False)
+
+
+def without_client(trace: Trace) -> Trace:
+    """As somebody else sent it."""
+    first, *rest = trace.spans
+    return Trace(trace.trace_id, tuple(replace(s, parent_id=None) if s.parent_id == first.span_id else s for s in rest))
+
+
+def test_requests_of_anybody_by_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    *requests, up, down = burst()
+    kept = kept_in_memory(monkeypatch, [*map(without_client, requests), up, down])
+    answered = invoked("answer", "autoscaling", "--since", "2h", "--until", "1m")
+    assert answered.exit_code == 0, answered.output
+    assert "2 decisions: 1 up, 1 down" in answered.output
+    assert "model smol, smol-reports" in answered.output
+    assert "(not of the workload)" in answered.output
+    assert any(a.GATEWAY_SPAN in query for query in kept.asked)
+    verified = invoked("verify", "autoscaling", "--since", "2027-01-15T08:00:00+00:00", "--until", "2027-01-15T09:00Z")
+    assert verified.exit_code == 0, verified.output
+    assert f"{len(requests) + 2} traces, each one complete tree" in verified.output
+
+
+def test_a_request_tells_the_decisions_that_it_led_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six reports drove the first decision, of which it links to one; a chat drove none."""
+    *requests, up, down = burst()
+    kept_in_memory(monkeypatch, [*requests, linked(up, requests[0].trace_id), down])
+    told = [invoked("trace", requests[n].trace_id).output for n in (0, 1, 6)]
+    assert f"drove the decision {up.trace_id}, which links to it: 1 > 3 replicas, epp-queue-size above" in told[0]
+    assert f"drove the decision {up.trace_id}, whose metric counted it, without a link" in told[1]
+    assert "drove the decision" not in told[2]
+    assert "drove the decision" not in invoked("trace", up.trace_id).output
+    found = json.loads(invoked("trace", requests[1].trace_id, "--json").output)
+    assert [(d["trace_id"], d["linked"]) for d in found["led_to"]] == [(up.trace_id, False)]
+
+
+def test_a_request_is_shown_though_nobody_can_be_asked_for_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = burst()[0]
+    kept = kept_in_memory(monkeypatch, [request])
+    kept.search = lambda *_, **__: refused()  # type: ignore[method-assign]
+    shown = invoked("trace", request.trace_id, "--json")
+    assert shown.exit_code == 0
+    assert json.loads(shown.stdout)["led_to"] is None
+    assert "which decisions to scale it drove is not known: no search" in shown.stderr
+
+
+def refused() -> list[Any]:
+    raise UserError("no search")
+
+
+def test_a_wrong_trace_of_anybody_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    good, bad = map(without_client, burst()[:2])
+    spans = tuple(s for s in bad.spans if s.name != a.SERVER_SPAN)
+    kept_in_memory(monkeypatch, [good, Trace(bad.trace_id, spans)])
+    verified = invoked("verify", "autoscaling", "--since", "2h")
+    assert verified.exit_code == 1
+    assert "1 of 2 traces are wrong; look at: vllm" in verified.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("answer", "prefix-cache", "--since", "2h"), "prefix-cache is about what `llmtrace run` has sent"),
+        (("answer", "autoscaling", "--since", "2h", "--run", "run-1"), "give one of the two"),
+        (("answer", "autoscaling", "--until", "2h"), "--until needs --since"),
+        (("verify", "autoscaling", "--since", "soon"), "'soon' is no time: give a duration before now"),
+        (("verify", "autoscaling", "--since", "1h", "--until", "2h"), "--since 1h is not before --until 2h"),
+        (("answer", "autoscaling", "--since", "2h"), "the store has no trace of { name"),
+    ],
+)
+def test_a_time_that_cannot_be_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], sentence: str
+) -> None:
+    kept_in_memory(monkeypatch, [])
+    with pytest.raises(UserError, match=sentence):
+        invoked(*arguments)
 
 
 def test_verify_checks_the_decisions_too() -> None:

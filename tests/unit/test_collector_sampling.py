@@ -13,7 +13,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from llmtrace.traces.otlp import key_values
 
 NONE = {"SAMPLED_PERCENT": "0", "SAMPLED_TENANTS": "[gold, silver]", "SAMPLED_TENANTS_PERCENT": "100"}
-SLOW = {"SLOW_TTFT_MS": "500", "SLOW_TPOT_MS": "50", "SLOW_TOTAL_MS": "5000"}
+SLOW = {"WAITED_MS": "800", "SLOW_TTFT_MS": "500", "SLOW_TPOT_MS": "50", "SLOW_TOTAL_MS": "5000"}
 ROOT = {"name": "ingress"}
 PARENT = b"\x09" * 8
 ERROR = Status(code=Status.STATUS_CODE_ERROR)
@@ -46,6 +46,8 @@ KEPT: dict[str, tuple[str, list[dict[str, Any]]]] = {
         "marked",
         [ROOT, {"attributes": {"llmtrace.pd.decision": "split", "llmtrace.sampling.keep": True}}],
     ),
+    "waited in flow control": ("waited", [ROOT, {"name": "llmtrace.flow_control.queue", "seconds": 0.9}]),
+    "waited in llm-d's picker": ("waited", [ROOT, {"name": "gateway.request_orchestration", "seconds": 0.9}]),
     "a scaling decision": ("scaling", [{"name": "autoscale.decision"}]),
     "a step of the engine": ("steps", [{"name": "engine_step"}, {"name": "engine_step"}]),
     "a tenant with a share": ("share-of-tenants", [ROOT, {"attributes": {"llmtrace.tenant": "gold"}}]),
@@ -61,6 +63,12 @@ DROPPED: dict[str, list[dict[str, Any]]] = {
     "a split that nobody marked": [ROOT, {"attributes": {"llmtrace.pd.decision": "split"}}],
     "a mark that says no": [ROOT, {"attributes": {"llmtrace.sampling.keep": False}}],
     "a picker's request": [{"parent_span_id": PARENT, "name": "gateway.request"}],
+    "hardly waited": [
+        ROOT | {"seconds": 2.0},
+        {"name": "llmtrace.flow_control.queue", "seconds": 0.7},
+        {"name": "gateway.request_orchestration", "seconds": 0.7},
+        {"name": "gateway.request", "seconds": 2.0},
+    ],
     "another tenant": [ROOT, {"attributes": {"llmtrace.tenant": "bronze"}}],
 }
 

@@ -26,6 +26,7 @@ from llmtrace.autoscale.kubernetes import pods, scalers
 from llmtrace.autoscale.kubernetes.cluster import DEPLOYMENTS, LEADER_WORKER_SETS, Cluster
 from llmtrace.autoscale.kubernetes.objects import get, nanoseconds, quantity, selects
 from llmtrace.autoscale.kubernetes.scalers import Target
+from llmtrace.traces.demand import Part, demand
 
 
 def test_a_version_that_tells_of_a_change_has_its_numbers_and_the_metrics_that_drove_it():
@@ -48,6 +49,16 @@ def test_a_scaled_object_is_named_as_the_scaler_and_has_the_query():
     assert (found.scaler_kind, found.scaler_name) == ("ScaledObject", "llm-d/vllm-scaling")
     assert found.metrics[0].name == "epp-queue-size"
     assert found.metrics[0].query == 'sum(llm_d_epp_flow_control_queue_size{model_name="llama"})'
+
+
+def test_a_formula_over_triggers_is_one_metric_of_which_nobody_can_tell_the_requests():
+    """KEDA's scalingModifiers, as llm-d's SLO-aware signal has them."""
+    about = owned_by_keda() | {"metric": "composite-metric"}
+    (metric,) = scalers.read(hpa(1, 3, 12, **about), [scaled_object()], []).metrics
+    assert metric.name == "composite-metric"
+    assert demand(metric.query).part is None
+    plain = scalers.read(hpa(1, 3, 12, **owned_by_keda()), [scaled_object()], []).metrics
+    assert demand(plain[0].query).part is Part.WAITING
 
 
 def test_a_fallback_that_keda_serves_holds_the_number():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -14,10 +14,12 @@ from test_scenario_answer import run_traces
 from llmtrace.errors import UserError
 from llmtrace.scenarios.prefix_cache import SCENARIO
 from llmtrace.scenarios.prefix_cache.workload import smoke_requests
-from llmtrace.scenarios.runs import AHEAD, latest_run, linked_traces, load_run, trace_ids, wait_for
+from llmtrace.scenarios.runs import latest_run, load_run, trace_ids, wait_for
 from llmtrace.scenarios.smoke import verify
 from llmtrace.stack import Stack
-from llmtrace.traces.model import Link, Trace
+from llmtrace.traces import tempo
+from llmtrace.traces.model import Trace
+from llmtrace.traces.tempo import TraceSummary, search_all
 
 UP = Stack.model_validate(STACK)
 
@@ -62,7 +64,7 @@ def store(*traces: Trace, delay: int = 0) -> Any:
 def test_the_latest_run_is_found_through_its_traces() -> None:
     full = store(*run_traces(300, blocks=1))
     assert latest_run(full, "prefix-cache") == "run-1"
-    assert len(load_run(full, "run-1")) == 26
+    assert len(list(load_run(full, "run-1"))) == 26
 
 
 def test_a_store_without_a_run_says_what_to_do() -> None:
@@ -70,17 +72,6 @@ def test_a_store_without_a_run_says_what_to_do() -> None:
         latest_run(store(request_trace()), "prefix-cache")
     with pytest.raises(UserError, match="no traces of run run-7"):
         load_run(store(request_trace()), "run-7")
-
-
-def test_linked_traces_are_read_as_they_are_wanted() -> None:
-    plain = [request_trace(n) for n in range(1, 41)]
-    links = tuple(Link(t.trace_id, t.spans[0].span_id) for t in plain)
-    first = Trace("a" * 32, (replace(plain[0].spans[0], links=(*links, Link("b" * 32, "c" * 16))),))
-    kept = store(*plain)
-    found = linked_traces(kept, [first, plain[0]])
-    assert next(found).trace_id == plain[1].trace_id
-    assert kept.reads <= AHEAD + 1
-    assert [t.trace_id for t in found] == sorted(t.trace_id for t in plain[2:])
 
 
 @pytest.mark.parametrize("run_id", ["", 'a" || true', "run}"])
@@ -121,3 +112,37 @@ def test_the_smoke_requests_differ() -> None:
 
 def test_block_traces_are_not_requests() -> None:
     assert latest_run(store(block_trace(9, "random", 0, 1, (0, 0, 0), (0, 0, 0))), "prefix-cache") == "run-1"
+
+
+@dataclass
+class Searched:
+    """A store that gives no more than the limit, and of spans those that are in the time."""
+
+    starts_s: list[float]
+    asked: int = 0
+
+    def search(self, _: str, *, start_s: int, end_s: int, limit: int) -> list[TraceSummary]:
+        self.asked += 1
+        found = [
+            TraceSummary(f"{n:032x}", "", "", int(at * 1e9), 0, 1)
+            for n, at in enumerate(self.starts_s)
+            if start_s <= at < end_s + 1
+        ]
+        return sorted(found, key=lambda s: -s.start_ns)[:limit]
+
+
+def test_more_traces_than_one_search_gives_are_found_in_parts_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempo, "PAGE", 4)
+    kept: Any = Searched([n / 2 for n in range(100)])
+    found = search_all(kept, "{}", start_s=0, end_s=1000)
+    assert [int(s.trace_id, 16) for s in found] == list(range(99, -1, -1))
+    kept.asked = 0
+    assert len(search_all(kept, "{}", start_s=49, end_s=60)) == 2
+    assert kept.asked == 1
+
+
+def test_a_second_with_more_traces_than_a_search_gives_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempo, "PAGE", 4)
+    kept: Any = Searched([10.0, 10.1, 10.2, 10.3, 11.0])
+    with pytest.raises(UserError, match=r"the second 10 .* has 4 traces of {} or more"):
+        search_all(kept, "{}", start_s=0, end_s=60)

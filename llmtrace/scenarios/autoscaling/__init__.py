@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmtrace.scenarios.autoscaling.answer import AutoscalingAnswer, answer
 from llmtrace.scenarios.autoscaling.arms import ARMS, NAME
-from llmtrace.scenarios.autoscaling.expected import decisions, expected
+from llmtrace.scenarios.autoscaling.expected import REQUESTS, decisions, expected
 from llmtrace.scenarios.autoscaling.text import answer_text
 from llmtrace.scenarios.autoscaling.workload import AutoscalingWorkload, smoke_requests
 from llmtrace.scenarios.scenario import Scenario
@@ -33,6 +33,7 @@ SCENARIO = Scenario(
     smoke_requests=smoke_requests,
     expectation=expected,
     also=decisions,
+    traffic=REQUESTS,
     answer=answer,
     text=answer_text,
     html=_html,

@@ -16,7 +16,7 @@ from llmtrace.scenarios.autoscaling.requests import Counted, RequestTable, read_
 from llmtrace.scenarios.checks import Check, check
 from llmtrace.scenarios.facts import Block
 from llmtrace.semconv import attributes as a
-from llmtrace.traces.demand import Part, demand
+from llmtrace.traces.demand import Demand, Unit, demand
 from llmtrace.traces.model import Trace
 
 POINTS = 400
@@ -97,6 +97,10 @@ def answer(run_id: str, traces: Iterable[Trace]) -> AutoscalingAnswer:
     driven, led_to = _led_to(table, decisions, effects)
     start_ns, end_ns = _span(table, decisions)
     notes = [] if decisions else ["the store has no decision of this time: does the scaler run and send its traces?"]
+    if (drove := int(driven.sum())) > len(led_to):
+        notes.append(f"led_to has the first {len(led_to):,} of the {drove:,} requests that drove decisions")
+    if untold := sorted({d.metric for d in decisions if d.driven and d.query and demand(d.query).part is None}):
+        notes.append(f"not attributable: no single requests are in {', '.join(untold)}, which drove decisions")
     if any(d.missing for d in decisions):
         notes.append("some decisions had to do without some of their metrics")
     return AutoscalingAnswer(
@@ -135,8 +139,10 @@ def _led_to(
             continue
         rows = effects.drivers(decision)
         driven[rows] = True
-        for row in rows[: MOST_TOLD if len(led_to) < MOST_TOLD else 0]:
-            led_to.setdefault(table.trace_ids[row], []).append(decision.id)
+        for row in rows:
+            trace_id = table.trace_ids[row]
+            if trace_id in led_to or len(led_to) < MOST_TOLD:
+                led_to.setdefault(trace_id, []).append(decision.id)
     return driven, led_to
 
 
@@ -163,13 +169,13 @@ def _attribution(
     attributed = int(driven.sum())
     right = int((driven & wanted).sum())
     should = np.zeros(len(table), dtype=np.bool_)
-    parts: dict[Part, Counted] = {}
+    counted: dict[Demand, Counted] = {}
     for decision in decisions:
         if decision.driven and decision.query:
-            part = demand(decision.query).part
-            if part not in parts:
-                parts[part] = Counted.make(table, np.flatnonzero(wanted), part)
-            should[parts[part].within(*decision.window)] = True
+            asked = demand(decision.query)
+            if asked not in counted:
+                counted[asked] = Counted.make(table, np.flatnonzero(wanted), asked)
+            should[counted[asked].within(*decision.window)] = True
     due = int(should.sum())
     return Attribution(
         attributed=attributed,
@@ -251,7 +257,8 @@ def _values(decisions: Sequence[Decision], effects: Effects) -> Check:
     """
     differ, compared = [], 0
     for d in decisions:
-        if d.value is None or demand(d.query).part is Part.ALL:
+        asked = demand(d.query)
+        if d.value is None or asked.part is None or asked.unit is not Unit.REQUESTS:
             continue
         low, high = effects.counted(d.query).overlaps.extremes(*d.window)
         compared += 1

@@ -35,6 +35,7 @@ class Replica:
     phases: dict[str, tuple[int, int]] = field(default_factory=dict)
     running: int | None = None
     cut: int | None = None
+    moved: int | None = None
 
     @property
     def up(self) -> bool:
@@ -160,4 +161,5 @@ def _replica(trace: Trace, span: Span) -> Replica:
         phases={name: (child.start_ns, child.end_ns) for name, child in phases.items()},
         running=integer(about.get(a.DRAIN_RUNNING)),
         cut=integer(about.get(a.DRAIN_CUT)),
+        moved=integer(about.get(a.DRAIN_MOVED)),
     )

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from llmtrace.scenarios.autoscaling.decisions import PHASES, Decision, Replica
 from llmtrace.scenarios.autoscaling.requests import Counted, RequestTable
 from llmtrace.semconv import attributes as a
-from llmtrace.traces.demand import Demand, demand
+from llmtrace.traces.demand import Demand, Unit, demand
 
 SECOND = 1_000_000_000
 LEAST_WINDOW_S, MOST_WINDOW_S = 10.0, 60.0
@@ -50,11 +50,24 @@ class ReplicaAnswer(_Model):
     still_running: bool
 
 
+class DrainAnswer(_Model):
+    """A replica that a decision stopped, and the requests on it: then, when it was stopped, and those that failed there
+    and ended well on another one. None where nobody counted."""
+
+    name: str
+    outcome: str
+    running: int | None
+    cut: int | None
+    moved: int | None
+
+
 class DecisionAnswer(_Model):
     """One decision.
 
     ``driven`` says whether requests drove it, ``drivers`` are the requests that its metric counted when it was taken,
-    ``examples`` the trace ids of those that it counted longest. Waiting is at the gateway, of all requests.
+    ``examples`` the trace ids of those that were most of it: by their tokens where the metric is of tokens, and then
+    ``driver_tokens`` is the sum of them; else by how long they were counted. Where ``attributable`` is false nobody can
+    tell which requests the metric was made of. Waiting is at the gateway, of all requests.
     ``useful_s`` is the time from the decision until the first of its replicas gave a token, ``detection_s`` that from
     when requests began to wait until the decision.
     The waits in user-seconds and token-seconds are those from the decision until its replicas were useful, of a
@@ -77,13 +90,16 @@ class DecisionAnswer(_Model):
     limit: str
     stabilization: str
     driven: bool
+    attributable: bool
     drivers: int
+    driver_tokens: int | None
     examples: list[str]
     wait_user_s: float
     wait_token_s: float
     detection_s: float
     useful_s: float | None
     replicas: list[ReplicaAnswer]
+    drained: list[DrainAnswer]
     accelerator_s: float
     cost: float
     queue_then: int
@@ -124,11 +140,11 @@ class Effects:
         """The requests that a query counts."""
         asked = demand(query)
         if asked not in self._counted:
-            self._counted[asked] = Counted.make(self._table, self._table.of_model(asked.model), asked.part)
+            self._counted[asked] = Counted.make(self._table, self._table.of_model(asked.model), asked)
         return self._counted[asked]
 
     def drivers(self, decision: Decision) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
-        """The rows of the requests that the decision's metric counted, the longest first."""
+        """The rows of the requests that the decision's metric counted, those that were most of it first."""
         if not decision.query:
             return np.asarray([], dtype=np.intp)
         return self.counted(decision.query).within(*decision.window)
@@ -137,6 +153,7 @@ class Effects:
         """The answer for the decision of this number."""
         decision = self._decisions[number]
         rows, waiting = self.drivers(decision), self._table.waiting
+        asked = demand(decision.query)
         replicas = [self._replica(r, decision) for r in decision.replicas if r.up]
         useful_ns, ready_ns = decision.useful_ns, decision.ready_ns
         until_ns = self._until(number, useful_ns)
@@ -158,13 +175,20 @@ class Effects:
             limit=decision.limit,
             stabilization=decision.stabilization,
             driven=decision.driven,
+            attributable=asked.part is not None,
             drivers=len(rows),
+            driver_tokens=int(self._table.prompt_tokens[rows].sum()) if asked.unit is Unit.TOKENS else None,
             examples=[self._table.trace_ids[row] for row in rows[:MOST_EXAMPLES]],
             wait_user_s=waiting.between(decision.time_ns, until_ns),
             wait_token_s=self._table.waiting_tokens.between(decision.time_ns, until_ns),
             detection_s=(decision.time_ns - onset_ns) / SECOND,
             useful_s=None if useful_ns is None else (useful_ns - decision.time_ns) / SECOND,
             replicas=replicas,
+            drained=[
+                DrainAnswer(name=r.name, outcome=r.outcome, running=r.running, cut=r.cut, moved=r.moved)
+                for r in decision.replicas
+                if not r.up
+            ],
             accelerator_s=accelerator_s,
             cost=accelerator_s / 3600 * decision.price_per_hour,
             queue_then=waiting.at(decision.time_ns),
@@ -272,7 +296,7 @@ def _flapping(decisions: Sequence[Decision]) -> list[str]:
 
 def _verdict(decision: Decision, useful_ns: int | None, before: float | None, after: float | None) -> Verdict:
     if decision.direction == a.SCALE_DOWN:
-        if any(r.cut for r in decision.replicas):
+        if any(r.cut or (r.cut is None and r.outcome == a.OUTCOME_CUT) for r in decision.replicas):
             return "cut requests"
         return "harmless" if (after or 0.0) < EMPTY or (after or 0.0) <= (before or 0.0) else "did not help"
     if not any(r.up for r in decision.replicas):

@@ -10,7 +10,7 @@ from llmtrace.scenarios.required import expectation
 from llmtrace.semconv import attributes as a
 from llmtrace.semconv.definitions import registry
 from llmtrace.traces.model import Span, Trace
-from llmtrace.traces.tempo import TempoClient
+from llmtrace.traces.tempo import TempoClient, search_all
 
 REQUEST = expectation(registry(), NAME, "request")
 DECISIONS = {
@@ -18,15 +18,18 @@ DECISIONS = {
     for form in (a.SCALE_UP, a.SCALE_DOWN, a.SCALE_HOLD)
 }
 """By direction. A replica that never got ready is an error that the trace is right to tell."""
-MOST_DECISIONS = 1000
+REQUESTS = f'{{ name = "{a.GATEWAY_SPAN}" }}'
+"""TraceQL for the requests of anybody."""
 SLACK_S = 120
 """Decisions of a run may be taken some time after its last request, and are sent when their effect is known."""
 
 
 def expected(trace: Trace) -> Expectation:
     """What a trace must have: of a decision by its direction, else what a request has."""
-    root = next((s for s in trace.spans if s.name == a.DECISION_SPAN), None)
-    if root is None:
+    for root in trace.spans:  # of millions of traces
+        if root.name == a.DECISION_SPAN:
+            break
+    else:
         return REQUEST
     direction = str(root.attributes.get(a.SCALE_DIRECTION))
     if direction == a.SCALE_DOWN and not trace.named(a.APPLY_SPAN) and _has_no_more(root):
@@ -42,11 +45,7 @@ def _has_no_more(decision: Span) -> bool:
 
 def decisions(store: TempoClient, start_ns: int, end_ns: int) -> list[Trace]:
     """The traces of the decisions that were taken in this time, or soon after."""
-    found = store.search(
-        f'{{ name = "{a.DECISION_SPAN}" }}',
-        start_s=start_ns // 10**9,
-        end_s=end_ns // 10**9 + SLACK_S,
-        limit=MOST_DECISIONS,
-    )
+    query = f'{{ name = "{a.DECISION_SPAN}" }}'
+    found = search_all(store, query, start_s=start_ns // 10**9, end_s=end_ns // 10**9 + SLACK_S)
     traces = (store.trace(summary.trace_id) for summary in found)
     return [t for t in traces if t is not None and t.spans]

@@ -31,6 +31,7 @@ def autoscaling_html(found: AutoscalingAnswer) -> str:
         f'<p class="verdict">{escaped(found.verdict)}</p>',
         plots(_timeline(found)),
         "<h2>Decisions</h2>",
+        *([_cut(found)] if len(found.decisions) > MOST_ROWS else []),
         _decisions(found),
         "<h2>Time until new replicas were useful, in seconds</h2>",
         _replicas(found),
@@ -45,6 +46,10 @@ def autoscaling_html(found: AutoscalingAnswer) -> str:
         *(f"<p>Note: {escaped(note)}.</p>" for note in found.notes),
     ]
     return page(f"autoscaling, run {found.run_id}", parts)
+
+
+def _cut(found: AutoscalingAnswer) -> str:
+    return f"<p>Here and below: the first {MOST_ROWS:,} of {len(found.decisions):,} decisions; --json has them all.</p>"
 
 
 def _timeline(found: AutoscalingAnswer) -> alt.VConcatChart:
@@ -191,6 +196,10 @@ def _kinds(found: AutoscalingAnswer) -> str:
 
 def _drivers(found: AutoscalingAnswer) -> str:
     return table(
-        ["decision", "drivers", "the longest of them"],
-        [(d.id, f"{d.drivers}", ", ".join(d.examples)) for d in found.decisions[:MOST_ROWS] if d.drivers and d.driven],
+        ["decision", "drivers", "those that were most of the metric"],
+        [
+            (d.id, drivers_text(d), ", ".join(d.examples))
+            for d in found.decisions[:MOST_ROWS]
+            if d.driven and (d.drivers or not d.attributable)
+        ],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,8 +13,8 @@ from numpy.typing import NDArray
 from llmtrace.scenarios.autoscaling.decisions import Decision, read_decision
 from llmtrace.scenarios.facts import Block, integer, read_blocks, text
 from llmtrace.semconv import attributes as a
-from llmtrace.traces.demand import Part, stay
-from llmtrace.traces.model import Span, Trace
+from llmtrace.traces.demand import Demand, Part, Unit, stay
+from llmtrace.traces.model import Trace
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -101,15 +102,17 @@ class Overlaps:
 class RequestTable:
     """A column for each fact of the requests at the gateway. Times in nanoseconds since the epoch.
 
-    ``tokens`` are prompt and answer together; ``models`` and ``kinds`` number the names in ``model_names`` and
-    ``kind_names``, a kind being the workload's, or empty.
+    ``tokens`` are prompt and answer together, ``prompt_tokens`` those of the prompt that were in no cache; ``models``
+    and ``kinds`` number the names in ``model_names`` and ``kind_names``, a kind being the workload's, or empty.
     """
 
     trace_ids: list[str]
     arrived: Ints
     dispatched: Ints
+    first_token: Ints
     ended: Ints
     tokens: Floats
+    prompt_tokens: Ints
     models: Ints
     kinds: Ints
     model_names: list[str]
@@ -122,7 +125,7 @@ class RequestTable:
         """Start and end of this part of each request's stay."""
         if part is Part.WAITING:
             return self.arrived, self.dispatched
-        return (self.dispatched if part is Part.RUNNING else self.arrived), self.ended
+        return self.dispatched, self.first_token if part is Part.PREFILLING else self.ended
 
     def of_model(self, name: str | None) -> NDArray[np.intp]:
         """The rows of a model's requests; all of them for None."""
@@ -144,32 +147,35 @@ class RequestTable:
 
 @dataclass(frozen=True)
 class Counted:
-    """The requests that a query counts: their rows in order of their start, and their intervals."""
+    """The requests that a query counts: their rows in order of their start, their intervals, and how much each is."""
 
     rows: NDArray[np.intp]
     starts: Ints
     ends: Ints
+    weights: Ints
     overlaps: Overlaps
     longest_ns: int
 
     @classmethod
-    def make(cls, table: RequestTable, rows: NDArray[np.intp], part: Part) -> Counted:
-        """Those of these rows that have this part of a stay."""
-        starts, ends = (column[rows] for column in table.interval(part))
+    def make(cls, table: RequestTable, rows: NDArray[np.intp], counted: Demand) -> Counted:
+        """Those of these rows that have the part of a stay that is counted; none where nobody can tell."""
+        if counted.part is None:
+            rows = rows[:0]
+        starts, ends = (column[rows] for column in table.interval(counted.part or Part.RUNNING))
         stays = ends > starts
         rows, starts, ends = rows[stays], starts[stays], ends[stays]
         order = np.argsort(starts, kind="stable")
         rows, starts, ends = rows[order], starts[order], ends[order]
         longest = int((ends - starts).max()) if len(rows) else 0
-        return cls(rows, starts, ends, Overlaps(starts, ends), longest)
+        weights = table.prompt_tokens[rows] if counted.unit is Unit.TOKENS else ends - starts
+        return cls(rows, starts, ends, weights, Overlaps(starts, ends), longest)
 
     def within(self, since_ns: int, until_ns: int) -> NDArray[np.intp]:
-        """The rows of those that were counted at some time of the window, the longest first."""
+        """The rows of those that were counted at some time of the window, those that are most of it first."""
         first = int(np.searchsorted(self.starts, since_ns - self.longest_ns, side="left"))
         last = int(np.searchsorted(self.starts, until_ns, side="left"))
         found = np.flatnonzero(self.ends[first:last] > since_ns) + first
-        lengths = self.ends[found] - self.starts[found]
-        return self.rows[found[np.argsort(-lengths, kind="stable")]]
+        return self.rows[found[np.argsort(-self.weights[found], kind="stable")]]
 
 
 class _Names:
@@ -186,7 +192,7 @@ def read_all(traces: Iterable[Trace]) -> tuple[RequestTable, list[Decision], lis
     """Requests, decisions, blocks, and the model's name, in one pass; traces may be a stream. Warm-up requests are left
     out."""
     ids: list[str] = []
-    numbers: list[tuple[int, int, int, float, int, int]] = []
+    numbers = array("q")
     decisions: list[Decision] = []
     others: list[Trace] = []
     models, kinds = _Names(), _Names()
@@ -199,37 +205,32 @@ def read_all(traces: Iterable[Trace]) -> tuple[RequestTable, list[Decision], lis
             else:
                 others.append(trace)
             continue
-        client, gateway = _ends(trace)
+        client = next((s for s in trace.spans if s.service == a.CLIENT_SERVICE), None)
         about = client.attributes if client else {}
         if about.get(a.WARMUP):
             continue
-        told = gateway.attributes if gateway else {}
+        told = next(s.attributes for s in trace.spans if s.name == a.GATEWAY_SPAN)
         tokens = (integer(told.get(a.INPUT_TOKENS)) or 0) + (integer(told.get(a.OUTPUT_TOKENS)) or 0)
         ids.append(trace.trace_id)
         kind = kinds.number(text(about.get(a.TENANT)))
         model = models.number(found.model)
-        numbers.append((found.arrived_ns, found.dispatched_ns, found.ended_ns, tokens, model, kind))
-    arrived, dispatched, ended, tokens_of, models_of, kinds_of = zip(*numbers, strict=True) if numbers else [()] * 6
+        times = found.arrived_ns, found.dispatched_ns, found.first_token_ns, found.ended_ns
+        numbers.extend((*times, tokens, found.prompt_tokens, model, kind))
+    arrived, dispatched, first_token, ended, tokens_of, prompts, models_of, kinds_of = (
+        np.asarray(numbers, dtype=np.int64).reshape(-1, 8).T.copy()
+    )
     table = RequestTable(
         ids,
-        np.asarray(arrived, dtype=np.int64),
-        np.asarray(dispatched, dtype=np.int64),
-        np.asarray(ended, dtype=np.int64),
-        np.asarray(tokens_of, dtype=np.float64),
-        np.asarray(models_of, dtype=np.int64),
-        np.asarray(kinds_of, dtype=np.int64),
+        arrived,
+        dispatched,
+        first_token,
+        ended,
+        tokens_of.astype(np.float64),
+        prompts,
+        models_of,
+        kinds_of,
         list(models.numbers),
         list(kinds.numbers),
     )
     blocks = read_blocks(others)
-    return table, decisions, blocks, next((b.model for b in blocks), "")
-
-
-def _ends(trace: Trace) -> tuple[Span | None, Span | None]:
-    client = gateway = None
-    for span in trace.spans:
-        if span.name == a.GATEWAY_SPAN:
-            gateway = gateway or span
-        elif client is None and span.service == a.CLIENT_SERVICE:
-            client = span
-    return client, gateway
+    return table, decisions, blocks, next((b.model for b in blocks), ", ".join(sorted(table.model_names)))

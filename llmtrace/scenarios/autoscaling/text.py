@@ -72,7 +72,12 @@ def metric_text(decision: DecisionAnswer) -> str:
 
 def drivers_text(decision: DecisionAnswer) -> str:
     """How many requests drove the decision; one that adds nothing, nor would, was driven by none."""
-    return f"{decision.drivers}" if decision.driven else "-"
+    if not decision.driven or decision.value is None:
+        return "-"
+    if not decision.attributable:
+        return "not attributable"
+    tokens = "" if decision.driver_tokens is None else f" ({decision.driver_tokens:,} tokens)"
+    return f"{decision.drivers}{tokens}"
 
 
 def queue_text(decision: DecisionAnswer) -> str:
@@ -92,7 +97,20 @@ def verdict_text(decision: DecisionAnswer) -> str:
         return f"held: {by or 'no metric'}" if by or decision.value is None else "no longer held"
     elif decision.limit == a.LIMITED_MAX:
         more = f", limited to {decision.maximum}"
+    elif told := drained_text(decision):
+        more = f" ({told})"
     return f"{decision.verdict}{more}{', flapping' if decision.flapping else ''}"
+
+
+def drained_text(decision: DecisionAnswer) -> str:
+    """What became of the requests on the replicas that it stopped, as far as there were any and somebody counted."""
+    counts = (
+        ("running", [d.running for d in decision.drained]),
+        ("cut", [d.cut for d in decision.drained]),
+        ("moved", [d.moved for d in decision.drained]),
+    )
+    known = [(word, sum(n or 0 for n in numbers)) for word, numbers in counts if any(n is not None for n in numbers)]
+    return ", ".join(f"{number} {word}" for word, number in known) if any(number for _, number in known) else ""
 
 
 def at_s(found: AutoscalingAnswer, decision: DecisionAnswer) -> float:
