@@ -80,8 +80,7 @@ SCALE_RESOLUTION = "llmtrace.autoscale.resolution_ms"
 """How much later than the span's start it may have been taken, where the time is not exact; Kubernetes has whole
 seconds."""
 DRIVERS_FOUND = "llmtrace.autoscale.drivers.found"
-"""Requests that the metric counted in this time, as far as their traces were in the store and read; absent where
-nobody can tell."""
+"""Requests that the metric counted, as far as their traces were read; absent where nobody can tell."""
 DRIVERS_LINKED = "llmtrace.autoscale.drivers.linked"
 """Those of them to which the decision links, the longest first."""
 DRIVERS_UNREAD = "llmtrace.autoscale.drivers.unread"
