@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import NamedTuple
 
 from llmtrace.scenarios.expectation import CLOCK_TOLERANCE_MS, Expectation, Problem, verify_trace
-from llmtrace.traces.model import AttributeValue, Trace
+from llmtrace.traces.model import Attributes, AttributeValue, Trace
 
 MOST_PATTERNS = 10_000
 """Good traces that are remembered as patterns."""
@@ -16,8 +17,8 @@ MOST_PATTERNS = 10_000
 class _Row(NamedTuple):
     """What a span must be for its trace to be as good as the pattern's.
 
-    ``above`` is its parent's place among the spans, ``needed`` are attributes that must be there, ``told`` such as
-    must have this value, for they say how many spans there must be.
+    ``above`` is its parent's place among the spans, ``needed`` gets the attributes that must be there, ``told`` are
+    those that must have this value, for they say how many spans there must be.
     """
 
     service: str
@@ -25,7 +26,7 @@ class _Row(NamedTuple):
     status: str
     above: int | None
     late: bool
-    needed: tuple[str, ...]
+    needed: Callable[[Attributes], tuple[AttributeValue, ...]] | None
     told: tuple[tuple[str, AttributeValue], ...]
 
 
@@ -49,7 +50,10 @@ class _Pattern:
                     status=span.status,
                     above=None if span.parent_id is None else places[span.parent_id],
                     late=expected is not None and expected.may_end_late,
-                    needed=expected.attributes if expected else (),
+                    # Of one name alone, itemgetter gives no tuple.
+                    needed=itemgetter(*expected.attributes, expected.attributes[0])
+                    if expected and expected.attributes
+                    else None,
                     told=tuple(
                         (name, span.attributes.get(name)) for key, name in counting if expected and key == expected.key
                     ),
@@ -83,12 +87,13 @@ class _Pattern:
                     or (end > parent.end_ns + tolerance_ns and not late)
                 ):
                     return False
-            attributes = span.attributes
-            for name in needed:
-                if attributes.get(name) is None:
+            try:
+                if needed is not None and None in needed(span.attributes):
                     return False
+            except KeyError:
+                return False
             for name, value in told:
-                if attributes.get(name) != value:
+                if span.attributes.get(name) != value:
                     return False
         return True
 

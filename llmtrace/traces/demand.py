@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from llmtrace.semconv import attributes as a
-from llmtrace.traces.model import AttributeValue, Span, Trace
+from llmtrace.traces.model import Attributes, Span, Trace
 
 _NAME = re.compile(r"[a-zA-Z_:][\w:]*")
 _MODEL = re.compile(r'(?:target_)?model_name\s*=\s*"((?:[^"\\]|\\.)*)"')
@@ -25,8 +25,8 @@ class Stay(NamedTuple):
     """A request at the gateway. Times in nanoseconds since the epoch.
 
     It waited from ``arrived_ns`` to ``dispatched_ns``, gave its first token at ``first_token_ns`` and ran until
-    ``ended_ns``; what never came is as late as what came after it. ``prompt_tokens`` are those of its prompt that were
-    in no cache. ``span_id`` is that of ``gateway.request``.
+    ``ended_ns``; what never came is as late as what came after it. ``tokens`` are those of prompt and answer,
+    ``prompt_tokens`` those of its prompt that were in no cache. ``span_id`` is that of ``gateway.request``.
     """
 
     trace_id: str
@@ -36,6 +36,7 @@ class Stay(NamedTuple):
     dispatched_ns: int
     first_token_ns: int
     ended_ns: int
+    tokens: int
     prompt_tokens: int
 
 
@@ -58,10 +59,7 @@ def stay(trace: Trace) -> Stay | None:
     if queue and profile:
         dispatched = queue.end_ns
     ended = max(gateway.end_ns, dispatched)
-    told = gateway.attributes
-    prompt = told.get(a.INPUT_TOKENS)
-    if prompt is None and server is not None:
-        prompt = server.attributes.get(a.VLLM_PROMPT_TOKENS)
+    prompt, cached, answered = _tokens(gateway.attributes, server)
     return Stay(
         trace.trace_id,
         gateway.span_id,
@@ -70,7 +68,20 @@ def stay(trace: Trace) -> Stay | None:
         dispatched,
         min(max(_first_token(gateway, server, ended), dispatched), ended),
         ended,
-        max(_whole(prompt) - _whole(told.get(a.CACHED_TOKENS)), 0),
+        prompt + answered,
+        max(prompt - cached, 0),
+    )
+
+
+def _tokens(told: Attributes, server: Span | None) -> tuple[int, int, int]:
+    """Tokens of the prompt, those of them that were cached, and of the answer; 0 for what nobody tells."""
+    prompt, cached, answered = told.get(a.INPUT_TOKENS), told.get(a.CACHED_TOKENS), told.get(a.OUTPUT_TOKENS)
+    if prompt is None and server is not None:
+        prompt, answered = server.attributes.get(a.VLLM_PROMPT_TOKENS), server.attributes.get(a.VLLM_COMPLETION_TOKENS)
+    return (
+        int(prompt) if isinstance(prompt, int | float) else 0,
+        int(cached) if isinstance(cached, int | float) else 0,
+        int(answered) if isinstance(answered, int | float) else 0,
     )
 
 
@@ -80,10 +91,6 @@ def _first_token(gateway: Span, server: Span | None, otherwise: int) -> int:
         return gateway.start_ns + int(waited_ms * 1e6)
     waited_s = server.attributes.get(a.VLLM_TTFT) if server else None
     return server.start_ns + int(waited_s * 1e9) if server and isinstance(waited_s, int | float) else otherwise
-
-
-def _whole(value: AttributeValue) -> int:
-    return int(value) if isinstance(value, int | float) else 0
 
 
 class Part(StrEnum):

@@ -11,10 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtrace.scenarios.autoscaling.decisions import Decision, read_decision
-from llmtrace.scenarios.facts import Block, integer, read_blocks, text
+from llmtrace.scenarios.facts import Block, read_blocks, text
 from llmtrace.semconv import attributes as a
-from llmtrace.traces.demand import Demand, Part, Unit, stay
-from llmtrace.traces.model import Trace
+from llmtrace.traces.demand import Demand, Part, Stay, Unit, stay
+from llmtrace.traces.model import Attributes, Trace
+
+FIRST_NUMBER = Stay._fields.index("arrived_ns")
+"""From here on, the fields of a stay are numbers."""
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -178,16 +181,6 @@ class Counted:
         return self.rows[found[np.argsort(-self.weights[found], kind="stable")]]
 
 
-class _Names:
-    """Numbers names in the order in which they come up."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[str, int] = {}
-
-    def number(self, name: str) -> int:
-        return self.numbers.setdefault(name, len(self.numbers))
-
-
 def read_all(traces: Iterable[Trace]) -> tuple[RequestTable, list[Decision], list[Block], str]:
     """Requests, decisions, blocks, and the model's name, in one pass; traces may be a stream. Warm-up requests are left
     out."""
@@ -195,7 +188,8 @@ def read_all(traces: Iterable[Trace]) -> tuple[RequestTable, list[Decision], lis
     numbers = array("q")
     decisions: list[Decision] = []
     others: list[Trace] = []
-    models, kinds = _Names(), _Names()
+    models: dict[str, int] = {}
+    kinds: dict[str, int] = {}
     for trace in traces:
         found = stay(trace)
         if found is None:
@@ -205,18 +199,14 @@ def read_all(traces: Iterable[Trace]) -> tuple[RequestTable, list[Decision], lis
             else:
                 others.append(trace)
             continue
-        client = next((s for s in trace.spans if s.service == a.CLIENT_SERVICE), None)
-        about = client.attributes if client else {}
+        about = _client(trace)
         if about.get(a.WARMUP):
             continue
-        told = next(s.attributes for s in trace.spans if s.name == a.GATEWAY_SPAN)
-        tokens = (integer(told.get(a.INPUT_TOKENS)) or 0) + (integer(told.get(a.OUTPUT_TOKENS)) or 0)
         ids.append(trace.trace_id)
-        kind = kinds.number(text(about.get(a.TENANT)))
-        model = models.number(found.model)
-        times = found.arrived_ns, found.dispatched_ns, found.first_token_ns, found.ended_ns
-        numbers.extend((*times, tokens, found.prompt_tokens, model, kind))
-    arrived, dispatched, first_token, ended, tokens_of, prompts, models_of, kinds_of = (
+        kind = kinds.setdefault(text(about.get(a.TENANT)), len(kinds))
+        model = models.setdefault(found.model, len(models))
+        numbers.extend((*found[FIRST_NUMBER:], model, kind))
+    arrived, dispatched, first_token, ended, tokens, prompts, models_of, kinds_of = (
         np.asarray(numbers, dtype=np.int64).reshape(-1, 8).T.copy()
     )
     table = RequestTable(
@@ -225,12 +215,20 @@ def read_all(traces: Iterable[Trace]) -> tuple[RequestTable, list[Decision], lis
         dispatched,
         first_token,
         ended,
-        tokens_of.astype(np.float64),
+        tokens.astype(np.float64),
         prompts,
         models_of,
         kinds_of,
-        list(models.numbers),
-        list(kinds.numbers),
+        list(models),
+        list(kinds),
     )
     blocks = read_blocks(others)
     return table, decisions, blocks, next((b.model for b in blocks), ", ".join(sorted(table.model_names)))
+
+
+def _client(trace: Trace) -> Attributes:
+    """What the workload's client says of a request; nothing of one that somebody else sent."""
+    for span in trace.spans:
+        if span.resource.get("service.name") == a.CLIENT_SERVICE:
+            return span.attributes
+    return {}
