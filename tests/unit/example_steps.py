@@ -22,6 +22,7 @@ def step(
     other_ms: Mapping[int, float] | None = None,
     clock_ms: Mapping[int, float] | None = None,
     tokens: Sequence[int] = (),
+    reason: str = a.REASON_SAMPLED,
 ) -> Trace:
     """The trace of a step. Times are the work of single ranks where it is not the usual; ``clock_ms`` is how far the
     clock of a node is ahead; ``tokens`` are those that every rank sent to each expert.
@@ -43,6 +44,7 @@ def step(
             a.NODE: f"node-{node}",
             a.STEP_RANKS: ranks,
             a.STEP_DUMMY: False,
+            a.STEP_REASON: reason,
             a.STEP_PREFILL_TOKENS: 0,
             a.STEP_DECODE_TOKENS: 4,
             a.STEP_PADDED_TOKENS: 0,

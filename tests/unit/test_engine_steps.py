@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engine_fakes import SAMPLED, UNSAMPLED, Request, Scheduler, Step
+from engine_fakes import SAMPLED, UNSAMPLED, Request, Scheduler, Step, Store
 from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.sdk.metrics import MeterProvider
@@ -76,18 +76,6 @@ def moe_scheduler(**requests: Request) -> Scheduler:
     scheduler.requests = dict(requests)
     scheduler.counts = (2, 3)
     return scheduler
-
-
-class Store:
-    """torch.distributed.Store: set only if it is what was expected, the empty string where it is not set."""
-
-    def __init__(self, **values: bytes) -> None:
-        self.values = values
-
-    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
-        if self.values.get(key, b"") == expected.encode():
-            self.values[key] = desired.encode()
-        return self.values[key]
 
 
 def joined(scheduler: Scheduler, every: str = "1") -> Batches:

@@ -95,7 +95,7 @@ class Batches:
         """A pass without requests is next: the workers know by themselves, but for the window."""
         self.number += 1
         if self.number in self.window:
-            self.demand.tell(engine.model_executor)
+            self.demand.tell(engine)
 
     def _describe(self, tokens: Mapping[str, int]) -> tuple[Any, ...]:
         prefill_requests = prefill_tokens = decode_tokens = read = 0

@@ -87,13 +87,14 @@ class Demand:
             first = self._steps.number + 1
             self._open(range(first, first + WINDOW))
 
-    def tell(self, executor: Any) -> None:
-        """Workers decide by themselves on passes without requests: let them know of the window, once."""
-        window = self._steps.window
-        if window is not self._told:
-            self._told = window
-            told = (self._steps.group, window.start, window.stop)
-            self._guard.run("telling workers of steps on demand", executor.collective_rpc, hear, args=told)
+    def tell(self, engine: Any) -> None:
+        """Workers decide by themselves on passes without requests: let those of ``engine`` know of the window, once."""
+        if self._steps.window is not self._told:
+            self._told = self._steps.window
+            self._guard.run("telling workers of steps on demand", self._tell, engine)
+
+    def _tell(self, engine: Any) -> None:
+        engine.model_executor.collective_rpc(hear, args=(self._steps.group, self._told.start, self._told.stop))
 
     def look(self) -> bool:
         """Look once into the store; whether to do so again."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from operator import itemgetter
 from typing import Any, cast
 
@@ -32,10 +32,13 @@ COLUMNS: dict[str, AttributeValue] = {
     a.SLOWEST_LAYER: -1,
     a.SLOWEST_LAYER_TIME: 0.0,
     a.NODE: "",
+    a.STEP_REASON: a.REASON_SAMPLED,
 }
 """What is read of each span, and what stands for it where a span does not say it; None: its step does not count."""
 TIMES = frozenset((a.SLOWEST_LAYER_TIME, *ATTRIBUTES))
 """Those that are no whole numbers."""
+WORDS = (a.NODE, a.STEP_REASON)
+"""Those that are no numbers."""
 _all = itemgetter(*COLUMNS)
 
 
@@ -48,7 +51,8 @@ class Steps:
     milliseconds. ``layer`` is the slowest MoE layer, -1 where it is not told, and ``layer_ms`` how long it took.
     ``partial`` counts the steps that were left out because a rank's span is not there, or there twice, or does not say
     how long its phases were. ``sent`` is ranks by experts: the tokens that each rank sent to each, over the whole steps
-    that say so; without columns where none does.
+    that say so; without columns where none does. ``on_demand`` tells of each step that it was traced for a slow request
+    and is none of the sample of one in so many.
     """
 
     trace_ids: tuple[str, ...]
@@ -67,6 +71,7 @@ class Steps:
     nodes: tuple[str, ...]
     partial: int
     sent: Integers
+    on_demand: NDArray[np.bool_]
 
     @property
     def count(self) -> int:
@@ -99,10 +104,34 @@ class Steps:
         """A value of each step, for each of its rows."""
         return np.repeat(of_step, self.sizes)
 
+    def sampled(self) -> Steps:
+        """The sample alone, whose shares are those of all steps. UserError where there is none of it."""
+        if not self.on_demand.any():
+            return self
+        kept = ~self.on_demand
+        if not kept.any():
+            raise UserError("all steps were traced on demand, none as one in so many: is LLMTRACE_STEP_EVERY too large?")
+        sizes = self.sizes
+        rows = np.repeat(kept, sizes)
+        columns = {item.name: getattr(self, item.name)[rows] for item in fields(self) if item.name in _ROWS}
+        starts = np.append(0, np.cumsum(sizes[kept])[:-1])
+        trace_ids = tuple(trace_id for trace_id, keep in zip(self.trace_ids, kept, strict=True) if keep)
+        return replace(self, trace_ids=trace_ids, starts=starts, on_demand=self.on_demand[kept], **columns)
+
+
+_ROWS = frozenset(
+    (
+        *("rank", "engine", "node", "start_ns", "end_ns", "phases"),
+        *("tokens", "padded", "dummy", "layer", "layer_ms"),
+    )
+)
+"""Columns of :class:`Steps` with a row for each step and rank."""
+
 
 def read_steps(traces: Iterable[Trace]) -> Steps:
     """The whole steps among the traces; those of other spans are passed over. UserError where there is none."""
-    columns = {name: array("d" if name in TIMES else "q") for name in COLUMNS if name != a.NODE}
+    columns = {name: array("d" if name in TIMES else "q") for name in COLUMNS if name not in WORDS}
+    on_demand: list[bool] = []
     starts, node, start_ns, end_ns = array("q"), array("q"), array("q"), array("q")
     trace_ids: list[str] = []
     nodes: dict[str, int] = {}
@@ -118,6 +147,7 @@ def read_steps(traces: Iterable[Trace]) -> Steps:
             continue
         trace_ids.append(trace.trace_id)
         starts.append(len(node))
+        on_demand.append(told.pop(a.STEP_REASON)[0] == a.REASON_ON_DEMAND)
         node.extend([nodes.setdefault(text(name), len(nodes)) for name in told.pop(a.NODE)])
         start_ns.extend([span.start_ns for span in spans])
         end_ns.extend([span.end_ns for span in spans])
@@ -156,6 +186,7 @@ def read_steps(traces: Iterable[Trace]) -> Steps:
         nodes=tuple(named),
         partial=partial,
         sent=_matrix(sent, 1 + int(rank.max())),
+        on_demand=np.asarray(on_demand, dtype=np.bool_),
     )
 
 
@@ -168,7 +199,7 @@ def _told(spans: Sequence[Attributes]) -> dict[str, Sequence[AttributeValue] | a
     found: dict[str, Sequence[AttributeValue] | array[Any]] = dict(zip(COLUMNS, zip(*rows, strict=True), strict=True))
     try:
         for name in COLUMNS:
-            if name != a.NODE:
+            if name not in WORDS:
                 found[name] = array("d" if name in TIMES else "q", cast("Sequence[int]", found[name]))
     except (TypeError, OverflowError):
         return None
