@@ -100,8 +100,7 @@ def test_proposals_at_the_same_time_become_one_window() -> None:
 
 def test_an_engine_that_does_not_hear_in_time_makes_the_window_fall_for_all() -> None:
     group = Group(3)
-    group.tick()
-    group.tick(0)
+    group.tick(0, deaf=(2,))
     (first,) = group.store.counts
     while group.number + group.pace < Proposal.parse(first.rpartition("/")[2]).deadline:
         group.tick(deaf=(2,))
@@ -440,7 +439,13 @@ def test_a_request_can_ask_for_it() -> None:
 
 @pytest.mark.parametrize(
     ("tracestate", "asks"),
-    [("llmtrace=steps", True), ("a=b,llmtrace=steps ", True), ("", False), ("llmtrace=step", False), ("x=llmtrace=steps", False)],
+    [
+        ("llmtrace=steps", True),
+        ("a=b,llmtrace=steps ", True),
+        ("", False),
+        ("llmtrace=step", False),
+        ("x=llmtrace=steps", False),
+    ],
 )
 def test_how_it_is_asked_for(tracestate: str, asks: bool) -> None:
     assert asks_for_steps({"tracestate": tracestate}) is asks

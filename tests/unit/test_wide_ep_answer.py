@@ -139,9 +139,7 @@ def test_verify_reads_the_steps_to_which_a_request_links() -> None:
 def test_steps_on_demand_count_for_requests_and_not_for_the_workload() -> None:
     """A slow phase of 20 steps is traced whole, of which the sample has one, and of the rest of the run nine."""
     sample = [step(n, RANKS, experts_ms={2: EXPERTS_MS + SLOW_MS * (n == 9)}) for n in range(10)]
-    slow = [
-        step(n, RANKS, experts_ms={2: EXPERTS_MS + SLOW_MS}, reason=a.REASON_ON_DEMAND) for n in range(10, 29)
-    ]
+    slow = [step(n, RANKS, experts_ms={2: EXPERTS_MS + SLOW_MS}, reason=a.REASON_ON_DEMAND) for n in range(10, 29)]
     asked = [request(1, 0, sample[:1], [*sample[1:], *slow]), request(2, 3, [], sample[:9])]
     found = answer("r", [block(2), *asked, *sample, *slow])
     assert (found.steps.steps, found.steps.on_demand) == (10, 19)

@@ -24,8 +24,8 @@ MAX_LINKS = 64
 class Batch:
     """What one forward pass runs. ``callers`` are ``traceparent`` headers of its sampled requests.
 
-    A pass that is not traced has its group and number only; a dummy pass has no requests. ``on_demand``: it is traced for
-    a slow request, and does not belong to the sample of one in so many.
+    A pass that is not traced has its group and number only; a dummy pass has no requests. ``on_demand``: it is traced
+    for a slow request, and does not belong to the sample of one in so many.
     """
 
     group: str

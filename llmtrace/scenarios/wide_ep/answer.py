@@ -25,8 +25,8 @@ MATRIX_EXPERTS = 256
 
 
 class StepsAnswer(BaseModel):
-    """What the steps alone say: those of the sample, for the ``on_demand`` more were traced because they were slow. Times
-    in milliseconds; ``lasted_ms`` is all steps together, each as long as its longest span.
+    """What the steps alone say: those of the sample, for the ``on_demand`` more were traced because they were slow.
+    Times in milliseconds; ``lasted_ms`` is all steps together, each as long as its longest span.
 
     ``waited_ms`` is what ranks waited for the last one, in the mean over ranks and summed over steps. ``saving_ms`` is
     what perfect balance of the experts would have saved. ``sent`` is ranks by experts, of the first

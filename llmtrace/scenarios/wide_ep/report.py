@@ -25,7 +25,7 @@ def wide_ep_html(found: WideEpAnswer) -> str:
     parts = [
         f"<p>Model {escaped(found.model)}, llmtrace {escaped(version('llmtrace'))}. All numbers are from traces.</p>",
         f'<p class="verdict">{escaped(found.verdict)}</p>',
-        f"<p>{steps.steps} sampled steps; {steps.on_demand} more, traced for slow requests, count for requests only.</p>",
+        f"<p>{steps.steps} steps; {steps.on_demand} more, traced for slow requests, count for requests only.</p>",
         plots(alt.hconcat(*maps, spacing=40).resolve_scale(color="independent")),
         "<h2>Time by rank, mean milliseconds per step</h2>",
         _shares("rank", steps.by_rank),

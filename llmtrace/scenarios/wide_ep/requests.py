@@ -20,8 +20,8 @@ class RequestSteps(BaseModel):
 
     ``ms`` are by part of :data:`~llmtrace.scenarios.wide_ep.breakdown.PARTS`. ``waited_ms`` is what its rank waited for
     slower ones. ``imbalance_ms`` is what its steps were longer than with an even load of the experts, and
-    ``caused_ms`` its share of that by its tokens in those steps. ``on_demand`` of the steps were traced because a request
-    was slow.
+    ``caused_ms`` its share of that by its tokens in those steps. ``on_demand`` of the steps were traced because a
+    request was slow.
     """
 
     model_config = ConfigDict(frozen=True)

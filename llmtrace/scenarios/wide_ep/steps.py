@@ -110,7 +110,9 @@ class Steps:
             return self
         kept = ~self.on_demand
         if not kept.any():
-            raise UserError("all steps were traced on demand, none as one in so many: is LLMTRACE_STEP_EVERY too large?")
+            raise UserError(
+                "all steps were traced on demand, none as one in so many: is LLMTRACE_STEP_EVERY too large?"
+            )
         sizes = self.sizes
         rows = np.repeat(kept, sizes)
         columns = {item.name: getattr(self, item.name)[rows] for item in fields(self) if item.name in _ROWS}

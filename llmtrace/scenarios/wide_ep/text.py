@@ -109,7 +109,9 @@ def _experts(load: ExpertLoad | None) -> Iterator[RenderableType]:
 
 
 def _requests(found: Sequence[RequestSteps]) -> Table:
-    table = _numbers("trace", "tenant", "rank", "steps", "on demand", "in steps", *PARTS, "waited", "imbalance", "caused")
+    table = _numbers(
+        "trace", "tenant", "rank", "steps", "on demand", "in steps", *PARTS, "waited", "imbalance", "caused"
+    )
     for each in found:
         table.add_row(
             each.trace_id,
