@@ -92,10 +92,10 @@ class Server(ModelServer):
             last = found
             time.sleep(QUIET_S)
 
-    def whole(self) -> list[Trace] | None:
-        """All traces of steps, in order, once there are some and each has every rank's span."""
+    def window(self) -> list[Trace] | None:
+        """All traces of steps, in order, once they are a window's and each has every rank's span."""
         found = self.step_traces()
-        return found if found and all(len(trace.spans) == RANKS for trace in found) else None
+        return found if len(found) >= WINDOW and all(len(trace.spans) == RANKS for trace in found) else None
 
     def ask(self, name: str) -> list[str]:
         """Requests at once, each in a trace of its own."""
@@ -248,7 +248,7 @@ def test_steps_of_a_request_that_asks_for_them_with_two_tensor_parallel_ranks(tm
 def check_window(receiver: Receiver, server: Server, trace_id: str) -> None:
     """One window of steps without gaps is traced, on every rank, and nothing else; the request links to all of it."""
     decode = next(span for span in receiver.wait(trace_id, 4) if span.name == a.DECODE_SPAN)
-    traces: list[Trace] = until(server.whole, "the spans of every rank in every step", SETTLE_S, poll_s=0.5)
+    traces: list[Trace] = until(server.window, "the spans of every rank in every step", SETTLE_S, poll_s=0.5)
     time.sleep(QUIET_S)
     assert len(server.step_traces()) == len(traces) == WINDOW
     first = number(traces[0])

@@ -138,7 +138,7 @@ def test_forward_passes_are_counted_and_told() -> None:
     batches = joined(moe_scheduler(a=a))
     assert batch_of(scheduled(batches, {})) is None
     assert batch_of(scheduled(batches, {"a": 10})) is not None
-    batches.dummy()
+    batches.dummy(SimpleNamespace())
     found = batch_of(scheduled(batches, {"a": 10}))
     assert found is not None
     assert (found.group, found.number, found.traced, found.waiting_requests) == ("g", 3, True, 3)
