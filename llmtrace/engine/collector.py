@@ -21,6 +21,7 @@ from llmtrace.engine.facts import (
     MAX_STEPS,
     Facts,
     Preemption,
+    asks_for_steps,
     is_sampled,
     to_wire,
 )
@@ -47,6 +48,7 @@ class Collector:
         self._scheduler = scheduler
         self.batches = batches
         """Where steps are traced."""
+        self._slow_s = float("inf") if batches is None else batches.demand.slow_s
         self._live: dict[str, _Tracked] = {}
         self._waiting: dict[str, _Tracked] = {}
         """Those not yet scheduled."""
@@ -152,6 +154,8 @@ class Collector:
                         facts.first_token = now
                     elif now - facts.last_token > facts.worst_gap:
                         facts.worst_gap = now - facts.last_token
+                        if facts.worst_gap > self._slow_s:
+                            self._ask(tracked, facts.decode_on_demand)
                     facts.last_token = now
                     facts.output_tokens += count
                 if output.finish_reason is not None and tracked.request.is_finished():
@@ -224,6 +228,8 @@ class Collector:
             tracked = self._waiting.pop(new.req_id, None)
             if tracked is not None:
                 self._note_admitted(tracked, began, tokens[new.req_id])
+                if self.batches is not None and asks_for_steps(tracked.request.trace_headers):
+                    self.batches.demand.ask(tracked.request)
                 self._prefilling[new.req_id] = tracked
         if self._loads.possible:
             now = time.monotonic()
@@ -260,11 +266,19 @@ class Collector:
             # With asynchronous scheduling the next step, a decode, is scheduled before the first token is known.
             if not getattr(tracked.request, "is_prefill_chunk", False):
                 del self._prefilling[request_id]
+            elif facts.scheduled is not None and began - facts.scheduled > self._slow_s:
+                self._ask(tracked, facts.prefill_on_demand)
+
+    def _ask(self, tracked: _Tracked, linked: list[int]) -> None:
+        """Have steps traced for a slow request, unless it had as many as it links to."""
+        if self.batches is not None and len(linked) < MAX_STEPS:
+            self.batches.demand.ask(tracked.request)
 
     def _note_step(self, request_ids: Iterable[str]) -> None:
         batches = self.batches
         if batches is None:
             return
+        on_demand = batches.on_demand
         for request_id in request_ids:
             tracked = self._live.get(request_id)
             if tracked is None:
@@ -272,7 +286,10 @@ class Collector:
             facts = tracked.facts
             facts.step_group, facts.step_rank = batches.group, batches.rank
             prefills = facts.first_token is None and request_id in self._prefilling
-            steps = facts.prefill_steps if prefills else facts.decode_steps
+            if on_demand:
+                steps = facts.prefill_on_demand if prefills else facts.decode_on_demand
+            else:
+                steps = facts.prefill_steps if prefills else facts.decode_steps
             if len(steps) < MAX_STEPS:
                 steps.append(batches.number)
 

@@ -21,11 +21,12 @@ DEPARTED_HEADER = "llmtrace-departed"
 MAX_CHUNKS = 64
 """Chunks kept per request; OpenTelemetry keeps 128 events per span."""
 MAX_STEPS = 64
-"""Traced engine steps kept per request and phase."""
+"""Traced engine steps kept per request and phase, and as many on demand: OpenTelemetry keeps 128 links per span."""
 ABORTED, FAILED = "abort", "error"
 """Two of vLLM's finish reasons."""
-_WIRE_VERSION = 2
+_WIRE_VERSION = 3
 _SAMPLED = 1
+_WANTED = "llmtrace=steps"
 
 Chunk = tuple[float, int, int, int]
 """Time (monotonic s), tokens of this request, other requests in the batch, their tokens."""
@@ -108,7 +109,10 @@ class Facts:
     """Of its engine's first worker in that group."""
     prefill_steps: list[int] = field(default_factory=list)
     decode_steps: list[int] = field(default_factory=list)
-    """Numbers of those steps."""
+    """Numbers of those steps, of the sample of one in so many."""
+    prefill_on_demand: list[int] = field(default_factory=list)
+    decode_on_demand: list[int] = field(default_factory=list)
+    """And of those that were traced for a slow request."""
 
 
 _NAMES = tuple(item.name for item in fields(Facts))
@@ -146,3 +150,8 @@ def is_sampled(headers: Mapping[str, str] | None) -> bool:
         return bool(int(parts[3], 16) & _SAMPLED)
     except ValueError:
         return False
+
+
+def asks_for_steps(headers: Mapping[str, str]) -> bool:
+    """Whether the caller's ``tracestate`` (W3C Trace Context) wants the engine's steps traced for this request."""
+    return any(member.strip() == _WANTED for member in headers.get("tracestate", "").split(","))

@@ -32,10 +32,11 @@ class Switch(Protocol):
 
 
 class Guard:
-    """Runs the plugin's code; on the first fault switches all of it off."""
+    """Runs the plugin's code; on the first fault switches all of it off. ``gives`` is what there is no more of then."""
 
-    def __init__(self) -> None:
+    def __init__(self, gives: str = "engine spans") -> None:
         self.on = True
+        self._gives = gives
         self._lock = threading.Lock()
         self._cleanups: list[Callable[[], None]] = []
 
@@ -63,7 +64,7 @@ class Guard:
             except Exception:
                 logger.debug("llmtrace: cleaning up failed", exc_info=True)
         # The traceback's text could hold parts of a request, the type and the place cannot.
-        logger.error("llmtrace: fault in %s (%s); no more engine spans from this process", where, _place(error))
+        logger.error("llmtrace: fault in %s (%s); no more %s from this process", where, _place(error), self._gives)
 
 
 def wrap(

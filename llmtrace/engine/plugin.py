@@ -112,7 +112,7 @@ class Plugin:
         batches = self._collector(engine.scheduler).batches
         if batches is not None:
             batches.join(engine)
-            batches.dummy()
+            batches.dummy(engine)
 
     def _device_ready(self, _state: None, _result: Any, wrapper: Any, *_args: Any, **_kwargs: Any) -> None:
         if ids.are_traced(wrapper.vllm_config):

@@ -74,10 +74,10 @@ def phases(facts: Facts, request_id: str, window: Window | None = None) -> list[
     found = _before_admission(facts, times)
     if times.scheduled is not None:
         end = times.end if times.first_token is None else times.first_token
-        steps = _steps(facts, facts.prefill_steps)
+        steps = _steps(facts, facts.prefill_steps, facts.prefill_on_demand)
         found.append(Phase(names.PREFILL_SPAN, times.scheduled, end, _prefill_attributes(facts), steps=steps))
     if times.first_token is not None and (facts.output_tokens > 1 or facts.finish_reason in (ABORTED, FAILED)):
-        steps = _steps(facts, facts.decode_steps)
+        steps = _steps(facts, facts.decode_steps, facts.decode_on_demand)
         found.append(Phase(names.DECODE_SPAN, times.first_token, times.end, _decode_attributes(facts), steps=steps))
     for phase in found:
         phase.attributes = common | phase.attributes
@@ -263,14 +263,14 @@ def _prefill_attributes(facts: Facts) -> Attributes:
     return attributes | {name: value for name, value in pairs if value is not None}
 
 
-def _steps(facts: Facts, numbers: list[int]) -> list[SpanContext]:
+def _steps(facts: Facts, sampled: list[int], on_demand: list[int]) -> list[SpanContext]:
     """The spans of its engine's rank in these steps; those of the other ranks are in the same traces."""
     group, rank = facts.step_group, facts.step_rank
     return [
         SpanContext(
             trace_id(group, n), span_id(group, n, rank), is_remote=True, trace_flags=TraceFlags(TraceFlags.SAMPLED)
         )
-        for n in numbers
+        for n in sorted([*sampled, *on_demand])
     ]
 
 

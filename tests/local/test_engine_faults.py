@@ -43,8 +43,8 @@ PLACES = {
 }
 DROPS = ("publish", "the metric of drops")
 """Runs once, with the first span of a server."""
-IN_STEPS = (OF_RANKS, "_beginning", "_beginning_dummy", "_ended", "_routed", "before", "after", "_make")
-"""What runs in the steps of a mixture of experts, of the phases' marks any."""
+IN_STEPS = (OF_RANKS, "_beginning", "_beginning_dummy", "_ended", "_routed", "before", "after", "_make", "_look")
+"""What runs in the steps of a mixture of experts, of the phases' marks any, and beside them."""
 RANKS = 2
 FAULTS = [(*DROPS, "before"), *((*place, moment) for place in PLACES.items() for moment in ("before", "after"))]
 API_SERVER, ENGINE_CORE = "APIServer", "EngineCore"

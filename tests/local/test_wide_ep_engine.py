@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_servers import CHECKOUT, ModelServer, new_trace_id, serving, tiny_model
+from engine_servers import CHECKOUT, MODEL, ModelServer, in_trace, new_trace_id, serving, tiny_model
 from loopback import Receiver, receiving, until
 
 from bench.tiny_model_kinds import CHOICES, EVEN, ODD
+from llmtrace.engine.steps.demand import WINDOW
 from llmtrace.scenarios.wide_ep.experts import expert_load
 from llmtrace.scenarios.wide_ep.steps import COLLECTIVES, Integers, Steps, read_steps
 from llmtrace.scenarios.wide_ep.verify import step_faults
@@ -30,15 +31,26 @@ SHIM = CHECKOUT / "playbooks/roles/servers/files"
 EXTENSIONS = Path(__file__).with_name("vllm_extensions")
 DELAY_MS = 15.0
 """In each layer."""
+SLOW_MS = 500
+HALT_MS = 400.0
+"""In each layer: a step of it is slow."""
+LONG = 900
+"""Tokens, which take some seconds."""
+NEVER = 1_000_000
+"""One in so many: none of the sample."""
 SETTLE_S = 20.0
 QUIET_S = 1.0
 """Without a further step: nothing runs any more."""
 
 
 class Server(ModelServer):
-    """A mixture of experts on two ranks, each step traced, with the extension that tells which experts vLLM chose."""
+    """A mixture of experts on two ranks, each step traced, or one in ``every``, with the extension that tells which
+    experts vLLM chose.
+    """
 
-    def __init__(self, folder: Path, receiver: Receiver, *arguments: str, kind: str, engines: int) -> None:
+    def __init__(
+        self, folder: Path, receiver: Receiver, *arguments: str, kind: str, engines: int, every: int = 1
+    ) -> None:
         self.folder = folder
         self.receiver = receiver
         super().__init__(
@@ -49,7 +61,8 @@ class Server(ModelServer):
             engines=engines,
             path=(SHIM, EXTENSIONS),
             environment={
-                "LLMTRACE_STEP_EVERY": "1",
+                "LLMTRACE_STEP_EVERY": str(every),
+                "LLMTRACE_STEP_SLOW_MS": str(SLOW_MS),
                 "LLMTRACE_EXPERTS_EVERY": "1",
                 "WATCHED_RANKS_FOLDER": str(folder),
             },
@@ -78,6 +91,11 @@ class Server(ModelServer):
                 return found
             last = found
             time.sleep(QUIET_S)
+
+    def window(self) -> list[Trace] | None:
+        """All traces of steps, in order, once they are a window's and each has every rank's span."""
+        found = self.step_traces()
+        return found if len(found) >= WINDOW and all(len(trace.spans) == RANKS for trace in found) else None
 
     def ask(self, name: str) -> list[str]:
         """Requests at once, each in a trace of its own."""
@@ -208,3 +226,50 @@ def test_a_skewed_router_of_two_tensor_parallel_ranks(receiver: Receiver, tmp_pa
     assert sum(load.shares[:4]) == 1.0
     assert load.shares[:4] == [routed[expert] / routed.sum() for expert in load.top[:4]]
     assert all(steps.phases[:, 3] > 0), "the all-reduce after a layer is combine"
+
+
+def test_all_steps_of_a_slow_request_are_traced_on_both_data_parallel_ranks(tmp_path: Path) -> None:
+    """One rank halts in a step. The other rank has no request, and computes for those of the slow one."""
+    with receiving() as own:
+        server = Server(tmp_path, own, kind="moe", engines=RANKS, every=NEVER)
+        slow = server.folder / "slow"
+        with serving(server), ThreadPoolExecutor(1) as pool:
+            usual, trace_id = new_trace_id(), new_trace_id()
+            server.complete(usual, prompt="as usual", max_tokens=TOKENS, ignore_eos=True).raise_for_status()
+            answer = pool.submit(server.complete, trace_id, prompt="slow", max_tokens=LONG, ignore_eos=True)
+            time.sleep(1.0)
+            slow.write_text(f"0 {HALT_MS}")
+            time.sleep(2 * LAYERS * HALT_MS / 1000)
+            slow.unlink()
+            answer.result().raise_for_status()
+            check_window(own, server, trace_id)
+            assert not any(span.links for span in own.wait(usual, 4))
+            dummies = [span.attributes[a.STEP_DUMMY] for t in server.step_traces() for span in t.spans]
+            assert dummies.count(True) == WINDOW
+
+
+def test_steps_of_a_request_that_asks_for_them_with_two_tensor_parallel_ranks(tmp_path: Path) -> None:
+    with receiving() as own:
+        arguments = ("--tensor-parallel-size", str(RANKS), "--distributed-executor-backend", "mp")
+        server = Server(tmp_path, own, *arguments, kind="moe", engines=1, every=NEVER)
+        with serving(server):
+            trace_id = new_trace_id()
+            headers = in_trace(trace_id) | {"tracestate": "llmtrace=steps"}
+            body = {"model": MODEL, "prompt": "all steps", "max_tokens": 2 * WINDOW, "ignore_eos": True}
+            server.client.post("/v1/completions", json=body, headers=headers).raise_for_status()
+            check_window(own, server, trace_id)
+
+
+def check_window(receiver: Receiver, server: Server, trace_id: str) -> None:
+    """One window of steps without gaps is traced, on every rank, and nothing else; the request links to all of it."""
+    decode = next(span for span in receiver.wait(trace_id, 4) if span.name == a.DECODE_SPAN)
+    traces: list[Trace] = until(server.window, "the spans of every rank in every step", SETTLE_S, poll_s=0.5)
+    time.sleep(QUIET_S)
+    assert len(server.step_traces()) == len(traces) == WINDOW
+    first = number(traces[0])
+    assert [number(trace) for trace in traces] == [*range(first, first + WINDOW)]
+    assert {span.attributes[a.STEP_REASON] for trace in traces for span in trace.spans} == {a.REASON_ON_DEMAND}
+    assert [fault for trace in traces for fault in step_faults(trace)] == []
+    assert linked(decode) == {trace.trace_id for trace in traces}
+    assert all(any(trace_id in linked(span) for span in trace.spans) for trace in traces)
+    assert check([*traces, receiver.trace(trace_id)]).findings == []

@@ -150,3 +150,33 @@ class Scheduler:
         for request in gone:
             request.status = finished_status
         return gone
+
+
+class Store:
+    """torch.distributed.Store, as far as it is used: set only if it is what was expected, the empty string where it is
+    not set.
+    """
+
+    def __init__(self, **values: bytes) -> None:
+        self.values = values
+        self.counts: dict[str, int] = {}
+        self.asked = 0
+        self.broken = False
+
+    def clone(self) -> Store:
+        return self
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        self.asked += 1
+        if self.broken:
+            raise ConnectionError("the store is gone")
+        if self.values.get(key, b"") == expected.encode():
+            self.values[key] = desired.encode()
+        return self.values[key]
+
+    def add(self, key: str, value: int) -> int:
+        self.counts[key] = self.counts.get(key, 0) + value
+        return self.counts[key]
+
+    def delete_key(self, key: str) -> bool:
+        return self.counts.pop(key, None) is not None

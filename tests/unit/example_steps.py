@@ -25,6 +25,7 @@ def step(
     late_ms: Mapping[int, float] | None = None,
     pods: Mapping[int, str] | None = None,
     phased: bool = True,
+    reason: str = a.REASON_SAMPLED,
 ) -> Trace:
     """The trace of a step. Times are the work of single ranks where it is not the usual; ``clock_ms`` is how far the
     clock of a node is ahead; ``tokens`` are those that every rank sent to each expert. ``late_ms`` is how much later a
@@ -50,6 +51,7 @@ def step(
             a.NODE: f"node-{node}",
             a.STEP_RANKS: ranks,
             a.STEP_DUMMY: False,
+            a.STEP_REASON: reason,
             a.STEP_PREFILL_TOKENS: 0,
             a.STEP_DECODE_TOKENS: 4,
             a.STEP_PADDED_TOKENS: 0,

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engine_fakes import SAMPLED, UNSAMPLED, Request, Scheduler, Step
+from engine_fakes import SAMPLED, UNSAMPLED, Request, Scheduler, Step, Store
 from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.sdk.metrics import MeterProvider
@@ -79,18 +79,6 @@ def moe_scheduler(**requests: Request) -> Scheduler:
     return scheduler
 
 
-class Store:
-    """torch.distributed.Store: set only if it is what was expected, the empty string where it is not set."""
-
-    def __init__(self, **values: bytes) -> None:
-        self.values = values
-
-    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
-        if self.values.get(key, b"") == expected.encode():
-            self.values[key] = desired.encode()
-        return self.values[key]
-
-
 def joined(scheduler: Scheduler, every: str = "1") -> Batches:
     """Of an engine that comes second: its group has the name ``g``."""
     batches = Batches(scheduler, {ids.EVERY_VARIABLE: every})
@@ -151,7 +139,7 @@ def test_forward_passes_are_counted_and_told() -> None:
     batches = joined(moe_scheduler(a=a))
     assert batch_of(scheduled(batches, {})) is None
     assert batch_of(scheduled(batches, {"a": 10})) is not None
-    batches.dummy()
+    batches.dummy(SimpleNamespace())
     found = batch_of(scheduled(batches, {"a": 10}))
     assert found is not None
     assert (found.group, found.number, found.traced, found.waiting_requests) == ("g", 3, True, 3)

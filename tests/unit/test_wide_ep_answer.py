@@ -23,6 +23,7 @@ from llmtrace.scenarios.wide_ep.steps import ATTRIBUTES, read_steps
 from llmtrace.scenarios.wide_ep.text import answer_text
 from llmtrace.scenarios.wide_ep.verify import _link_problems
 from llmtrace.scenarios.wide_ep.workload import WideEpWorkload
+from llmtrace.semconv import attributes as a
 from llmtrace.traces.model import Trace
 
 SLOW_MS = 20.0
@@ -148,6 +149,26 @@ def test_verify_reads_the_steps_to_which_a_request_links() -> None:
     rank, absent = _link_problems(request(1, 0, [broken], [step(7, RANKS)]), store.get)
     assert rank.message.endswith(f"{RANKS} ranks stepped, and these sent no span: 3")
     assert "to which it links has no span" in absent.message
+
+
+def test_steps_on_demand_count_for_requests_and_not_for_the_workload() -> None:
+    """A slow phase of 20 steps is traced whole, of which the sample has one, and of the rest of the run nine."""
+    sample = [step(n, RANKS, experts_ms={2: EXPERTS_MS + SLOW_MS * (n == 9)}) for n in range(10)]
+    slow = [step(n, RANKS, experts_ms={2: EXPERTS_MS + SLOW_MS}, reason=a.REASON_ON_DEMAND) for n in range(10, 29)]
+    asked = [request(1, 0, sample[:1], [*sample[1:], *slow]), request(2, 3, [], sample[:9])]
+    found = answer("r", [block(2), *asked, *sample, *slow])
+    assert (found.steps.steps, found.steps.on_demand) == (10, 19)
+    assert found.steps.saving_ms == pytest.approx(SLOW_MS * (1 - 1 / RANKS))
+    assert found.steps.by_rank[2].ms[2] == pytest.approx(EXPERTS_MS + SLOW_MS / 10)
+    first, other = found.requests
+    assert (first.prefill_steps + first.decode_steps, first.on_demand, other.on_demand) == (29, 19, 0)
+    assert first.waited_ms == pytest.approx(20 * SLOW_MS)
+    assert all(check.ok for check in found.checks if "links" not in check.name), found.checks
+    console = Console(width=200, record=True, file=io.StringIO())
+    for part in answer_text(found):
+        console.print(part)
+    assert "19 more were traced for slow requests" in console.export_text()
+    assert "19 more, traced for slow requests" in wide_ep.SCENARIO.html(found)
 
 
 def test_the_terminal_and_the_report_show_it(found: WideEpAnswer) -> None:

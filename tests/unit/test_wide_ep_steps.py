@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -130,6 +130,24 @@ def test_phases_of_some_ranks_are_those_of_no_step() -> None:
     assert (found.partial, found.phased.tolist()) == (0, [False])
     assert found.parts[:, -1] == pytest.approx(found.duration)
     assert step_faults(mixed) == ["these ranks do not say their phases, and others do: 1"]
+
+
+def test_the_sample_is_what_is_left_without_the_steps_on_demand() -> None:
+    usual, slow = [*steps(6, 4)], [step(n, 4, experts_ms={1: 99.0}, reason=a.REASON_ON_DEMAND) for n in range(6, 20)]
+    both = read_steps([*usual[:3], *slow, *usual[3:]])
+    assert (both.count, both.on_demand.sum()) == (20, 14)
+    alone, sample = read_steps(usual), both.sampled()
+    for item in fields(alone):
+        assert np.array_equal(getattr(sample, item.name), getattr(alone, item.name)), item.name
+    assert alone.sampled() is alone
+    with pytest.raises(UserError, match="LLMTRACE_STEP_EVERY"):
+        read_steps(slow).sampled()
+
+
+def test_a_step_of_an_older_plugin_is_of_the_sample() -> None:
+    spans = step(0, 2).spans
+    old = [replace(s, attributes={k: v for k, v in s.attributes.items() if k != a.STEP_REASON}) for s in spans]
+    assert read_steps([Trace("a" * 32, tuple(old))]).on_demand.tolist() == [False]
 
 
 def test_experts_of_which_a_later_step_knows_more() -> None:

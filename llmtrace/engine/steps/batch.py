@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtrace.engine.facts import is_sampled
+from llmtrace.engine.steps.demand import NONE, Demand
 from llmtrace.engine.steps.ids import agree, every
 
 ATTRIBUTE = "llmtrace_step"
@@ -25,7 +26,8 @@ class Batch:
     """What one forward pass runs. ``callers`` are ``traceparent`` headers of its sampled requests; ``unlinked`` more
     are too many to link to. ``waiting_tokens`` are those of the prompts in the queue, cached ones included.
 
-    A pass that is not traced has its group and number only; a dummy pass has no requests.
+    A pass that is not traced has its group and number only; a dummy pass has no requests. ``on_demand``: it is traced
+    for a slow request, and does not belong to the sample of one in so many.
     """
 
     group: str
@@ -41,6 +43,7 @@ class Batch:
     callers: tuple[str, ...] = ()
     unlinked: int = 0
     waiting_tokens: int | None = None
+    on_demand: bool = False
 
     @property
     def tokens(self) -> int:
@@ -58,15 +61,25 @@ class Batches:
         self._every = every(environment)
         self.group = ""
         self.number = 0
+        self.window = NONE
+        """Steps that are traced on demand."""
         parallel = scheduler.vllm_config.parallel_config
         self.rank = first_rank(parallel)
         """Of the engine's first worker in the group."""
+        self.demand = Demand(self, int(getattr(parallel, "data_parallel_size", 1)), environment)
+
+    @property
+    def on_demand(self) -> bool:
+        """Whether the newest step, if it is traced, is none of the sample."""
+        return self.number % self._every != 0
 
     def join(self, engine: Any) -> None:
         """Agree with the other engine cores on the group's name, if that was not done yet."""
         if not self._joined:
             self._joined = True
-            self.group = agree(getattr(engine, "dp_store", None), self._environment)
+            store = getattr(engine, "dp_store", None)
+            self.group = agree(store, self._environment)
+            self.demand.join(store)
 
     def scheduled(self, output: Any) -> Iterable[str]:
         """A step was scheduled: tell the workers. Returns the ids of its requests if it is traced."""
@@ -76,15 +89,17 @@ class Batches:
         self.number += 1
         if not self.group:
             return ()
-        if self.number % self._every:
+        if self.number % self._every and self.number not in self.window:
             setattr(output, ATTRIBUTE, (self.group, self.number))
             return ()
         setattr(output, ATTRIBUTE, self._describe(tokens))
         return tokens
 
-    def dummy(self) -> None:
-        """A pass without requests: the workers know by themselves."""
+    def dummy(self, engine: Any) -> None:
+        """A pass without requests is next: the workers know by themselves, but for the window."""
         self.number += 1
+        if self.number in self.window:
+            self.demand.tell(engine)
 
     def _describe(self, tokens: Mapping[str, int]) -> tuple[Any, ...]:
         prefill_requests = prefill_tokens = decode_tokens = read = 0
@@ -112,7 +127,7 @@ class Batches:
         return (
             *(self.group, self.number, True, False, prefill_requests, prefill_tokens),
             *(len(tokens) - prefill_requests, decode_tokens, read, None if counts is None else int(counts()[1])),
-            *(tuple(callers), unlinked, _prompt_tokens(getattr(self._scheduler, "waiting", None))),
+            *(tuple(callers), unlinked, _prompt_tokens(getattr(self._scheduler, "waiting", None)), self.on_demand),
         )
 
 

@@ -25,15 +25,16 @@ _STORE_KEY = "llmtrace/step-group"
 
 def every(environment: Mapping[str, str] = os.environ) -> int:
     """Steps of which one is traced; 0 where none is, or where the variable is no number."""
-    return _number(environment, EVERY_VARIABLE, EVERY_DEFAULT)
+    return number_of(environment, EVERY_VARIABLE, EVERY_DEFAULT)
 
 
 def experts_every(environment: Mapping[str, str] = os.environ) -> int:
     """Steps of which one tells the tokens of the experts; 0 where none does, or where the variable is no number."""
-    return every(environment) * _number(environment, EXPERTS_VARIABLE, EXPERTS_DEFAULT)
+    return every(environment) * number_of(environment, EXPERTS_VARIABLE, EXPERTS_DEFAULT)
 
 
-def _number(environment: Mapping[str, str], variable: str, default: int) -> int:
+def number_of(environment: Mapping[str, str], variable: str, default: int) -> int:
+    """What a variable says; 0 where it is no number."""
     text = environment.get(variable, "").strip()
     if not text:
         return default

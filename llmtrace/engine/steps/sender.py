@@ -143,7 +143,8 @@ class Sender:
             start_time=record.start_ns,
         )
         span.end(record.start_ns + round(lasted_ms * _NS_PER_MS))
-        self._totals.add(record, found, lasted_ms)
+        if not batch.on_demand:  # the sums are of the sample, in which slow times have no more than their share
+            self._totals.add(record, found, lasted_ms)
 
 
 def attributes(record: Record, found: Phases | None, rank: Rank) -> dict[str, AttributeValue]:
@@ -155,6 +156,7 @@ def attributes(record: Record, found: Phases | None, rank: Rank) -> dict[str, At
         names.STEP_NUMBER: batch.number,
         names.STEP_RANKS: rank.ranks,
         names.STEP_DUMMY: batch.dummy,
+        names.STEP_REASON: names.REASON_ON_DEMAND if batch.on_demand else names.REASON_SAMPLED,
         names.STEP_PREFILL_REQUESTS: batch.prefill_requests,
         names.STEP_PREFILL_TOKENS: batch.prefill_tokens,
         names.STEP_DECODE_REQUESTS: batch.decode_requests,

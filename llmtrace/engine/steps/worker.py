@@ -16,6 +16,7 @@ from llmtrace.engine.hooks import After, Before, Guard, logger, wrap
 from llmtrace.engine.meters import meter
 from llmtrace.engine.steps.batch import Batch, batch_of, first_rank
 from llmtrace.engine.steps.clocks import Clock, CudaClock, HostClock
+from llmtrace.engine.steps.demand import heard
 from llmtrace.engine.steps.experts import ExpertTokens
 from llmtrace.engine.steps.ids import GROUP_VARIABLE, every, experts_every
 from llmtrace.engine.steps.recorder import COMBINE, DISPATCH, EXPERTS, WAIT, Recorder
@@ -41,6 +42,7 @@ class StepWorker:
         self._environment = environment
         self._group = ""
         self._number = 0
+        self._heard = heard
         self._watched: Any = None
 
     def step_bodies(self) -> Bodies:
@@ -89,9 +91,10 @@ class StepWorker:
     def _beginning_dummy(self, worker: Any, *_args: Any, **_kwargs: Any) -> None:
         self._number += 1
         self.recorder.drop()
-        self._group = self._group or self._environment.get(GROUP_VARIABLE, "")
-        if self._group and self._number % self._every == 0:
-            self._begin(worker, Batch(self._group, self._number, traced=True, dummy=True))
+        self._group = self._group or self._heard.group or self._environment.get(GROUP_VARIABLE, "")
+        on_demand = self._number % self._every != 0
+        if self._group and (not on_demand or self._number in self._heard.window):
+            self._begin(worker, Batch(self._group, self._number, traced=True, dummy=True, on_demand=on_demand))
 
     def _begin(self, worker: Any, batch: Batch) -> None:
         self._watch(worker)

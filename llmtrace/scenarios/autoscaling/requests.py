@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -205,7 +206,7 @@ def read_all(traces: Iterable[Trace]) -> tuple[RequestTable, list[Decision], lis
         ids.append(trace.trace_id)
         kind = kinds.setdefault(text(about.get(a.TENANT)), len(kinds))
         model = models.setdefault(found.model, len(models))
-        numbers.extend((*found[FIRST_NUMBER:], model, kind))
+        numbers.extend((*cast("tuple[int, ...]", found[FIRST_NUMBER:]), model, kind))
     arrived, dispatched, first_token, ended, tokens, prompts, models_of, kinds_of = (
         np.asarray(numbers, dtype=np.int64).reshape(-1, 8).T.copy()
     )

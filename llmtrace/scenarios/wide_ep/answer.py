@@ -25,8 +25,8 @@ MATRIX_EXPERTS = 256
 
 
 class StepsAnswer(BaseModel):
-    """What the steps alone say. Times in milliseconds; ``lasted_ms`` is all steps together, each as long as its longest
-    span.
+    """What the steps alone say: those of the sample, for the ``on_demand`` more were traced because they were slow.
+    Times in milliseconds; ``lasted_ms`` is all steps together, each as long as its longest span.
 
     ``waited_ms`` is what ranks waited for the last one, in the mean over ranks and summed over steps. ``saving_ms`` is
     what perfect balance of the experts would have saved. ``sent`` is ranks by experts, of the first
@@ -35,6 +35,7 @@ class StepsAnswer(BaseModel):
 
     model_config = ConfigDict(frozen=True)
     steps: int
+    on_demand: int
     partial: int
     unknown: int
     ranks: int
@@ -118,13 +119,15 @@ def answer(run_id: str, traces: Iterable[Trace]) -> WideEpAnswer:
     )
 
 
-def analyse(steps: Steps) -> StepsAnswer:
+def analyse(found: Steps) -> StepsAnswer:
     """What the steps alone say."""
+    steps = found.sampled()
     lasted = np.maximum.reduceat(steps.duration, steps.starts)
     waits = np.add.reduceat(waited(steps), steps.starts) / steps.sizes
     unknown = ~steps.phased
     return StepsAnswer(
         steps=steps.count,
+        on_demand=found.count - steps.count,
         partial=steps.partial,
         unknown=int(unknown.sum()),
         ranks=len(np.unique(steps.rank)),

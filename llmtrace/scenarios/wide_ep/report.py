@@ -25,6 +25,7 @@ def wide_ep_html(found: WideEpAnswer) -> str:
     parts = [
         f"<p>Model {escaped(found.model)}, llmtrace {escaped(version('llmtrace'))}. All numbers are from traces.</p>",
         f'<p class="verdict">{escaped(found.verdict)}</p>',
+        f"<p>{steps.steps} steps; {steps.on_demand} more, traced for slow requests, count for requests only.</p>",
         *([f"<p>{steps.unknown} of {steps.steps} steps do not say their phases.</p>"] if steps.unknown else []),
         plots(alt.hconcat(*maps, spacing=40).resolve_scale(color="independent")),
         "<h2>Time by rank, mean milliseconds per step</h2>",
@@ -46,10 +47,14 @@ def wide_ep_html(found: WideEpAnswer) -> str:
         table(["layer", "times", "mean ms"], [(str(x.layer), str(x.times), f"{x.ms:.2f}") for x in steps.layers]),
         "<h2>Requests, sums over their traced steps in milliseconds</h2>",
         table(
-            ["trace", "tenant", "rank", "steps", "in steps", *steps.parts, "waited", "imbalance", "caused, by tokens"],
+            [
+                *("trace", "tenant", "rank", "steps", "on demand", "in steps", *steps.parts),
+                *("waited", "imbalance", "caused, by tokens"),
+            ],
             [
                 (
-                    *(r.trace_id, r.tenant, str(r.rank), str(r.prefill_steps + r.decode_steps), f"{r.step_ms:.1f}"),
+                    *(r.trace_id, r.tenant, str(r.rank), str(r.prefill_steps + r.decode_steps)),
+                    *(str(r.on_demand), f"{r.step_ms:.1f}"),
                     *(f"{ms:.1f}" for ms in r.ms[: len(steps.parts)]),
                     *(f"{r.waited_ms:.1f}", f"{r.imbalance_ms:.1f}", f"{r.caused_ms:.1f}"),
                 )

@@ -20,7 +20,8 @@ class RequestSteps(BaseModel):
     ``ms`` are by part of :data:`~llmtrace.scenarios.wide_ep.steps.PARTS`. ``waited_ms`` is what its rank waited for
     slower ones. ``imbalance_ms`` is what its steps were longer than with an even load of the experts, and
     ``caused_ms`` its share of that by its tokens in those steps: spans do not say which experts a request's tokens went
-    to, so two requests with as many tokens have caused as much.
+    to, so two requests with as many tokens have caused as much. ``on_demand`` of the steps were traced because a
+    request was slow.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -30,6 +31,7 @@ class RequestSteps(BaseModel):
     rank: int
     prefill_steps: int
     decode_steps: int
+    on_demand: int
     step_ms: float
     ms: list[float]
     waited_ms: float
@@ -66,6 +68,7 @@ def _request(served: Served, trace: Trace, index: dict[str, int], columns: _Colu
     lasted = waits = lost = caused = 0.0
     counts = {a.PREFILL_SPAN: 0, a.DECODE_SPAN: 0}
     rank = -1
+    on_demand = 0
     for span in trace.named(*counts):
         for link in span.links:
             step = index.get(link.trace_id)
@@ -73,6 +76,7 @@ def _request(served: Served, trace: Trace, index: dict[str, int], columns: _Colu
             if step is None or row is None:
                 continue
             counts[span.name] += 1
+            on_demand += int(steps.on_demand[step])
             rank = int(steps.rank[row])
             sums += columns.parts[row]
             lasted += float(columns.parts[row].sum())
@@ -88,6 +92,7 @@ def _request(served: Served, trace: Trace, index: dict[str, int], columns: _Colu
         rank=rank,
         prefill_steps=counts[a.PREFILL_SPAN],
         decode_steps=counts[a.DECODE_SPAN],
+        on_demand=on_demand,
         step_ms=lasted,
         ms=[float(v) for v in sums],
         waited_ms=waits,

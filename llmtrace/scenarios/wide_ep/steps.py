@@ -6,7 +6,7 @@ import math
 import struct
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from operator import itemgetter
 from typing import Any, TypeVar, cast
 
@@ -37,10 +37,13 @@ COLUMNS: dict[str, AttributeValue] = {
     a.SLOWEST_LAYER: -1,
     a.SLOWEST_LAYER_TIME: 0.0,
     a.NODE: "",
+    a.STEP_REASON: a.REASON_SAMPLED,
 }
 """What is read of each span, and what stands for it where a span does not say it; None: its step does not count."""
 TIMES = frozenset((a.SLOWEST_LAYER_TIME, *ATTRIBUTES))
 """Those that are no whole numbers."""
+WORDS = (a.NODE, a.STEP_REASON)
+"""Those that are no numbers."""
 _all = itemgetter(*COLUMNS)
 
 
@@ -54,7 +57,8 @@ class Steps:
     not told, and ``layer_ms`` how long it took. ``partial`` counts the steps that were left out because a rank's span
     is not there, or there twice, or says some of its phases only. ``sent`` is ranks by experts: the tokens that each
     rank sent to each, over the whole steps that say so; without columns where none does. ``pods`` are the ranks' pods
-    in the last of their steps, "" where it is not told.
+    in the last of their steps, "" where it is not told. ``on_demand`` tells of each step that it was traced for a slow
+    request and is none of the sample of one in so many.
     """
 
     trace_ids: tuple[str, ...]
@@ -74,6 +78,7 @@ class Steps:
     partial: int
     sent: Integers
     pods: tuple[str, ...]
+    on_demand: NDArray[np.bool_]
 
     @property
     def count(self) -> int:
@@ -121,13 +126,39 @@ class Steps:
         """A value of each step, for each of its rows."""
         return np.repeat(of_step, self.sizes)
 
+    def sampled(self) -> Steps:
+        """The sample alone, whose shares are those of all steps. UserError where there is none of it."""
+        if not self.on_demand.any():
+            return self
+        kept = ~self.on_demand
+        if not kept.any():
+            raise UserError(
+                "all steps were traced on demand, none as one in so many: is LLMTRACE_STEP_EVERY too large?"
+            )
+        sizes = self.sizes
+        rows = np.repeat(kept, sizes)
+        columns = {item.name: getattr(self, item.name)[rows] for item in fields(self) if item.name in _ROWS}
+        starts = np.append(0, np.cumsum(sizes[kept])[:-1])
+        trace_ids = tuple(trace_id for trace_id, keep in zip(self.trace_ids, kept, strict=True) if keep)
+        return replace(self, trace_ids=trace_ids, starts=starts, on_demand=self.on_demand[kept], **columns)
+
+
+_ROWS = frozenset(
+    (
+        *("rank", "engine", "node", "start_ns", "end_ns", "phases"),
+        *("tokens", "padded", "dummy", "layer", "layer_ms"),
+    )
+)
+"""Columns of :class:`Steps` with a row for each step and rank."""
+
 
 def read_steps(traces: Iterable[Trace], left_out: Callable[[Trace], object] = lambda _trace: None) -> Steps:
     """The whole steps among the traces; those of other spans are passed over. UserError where there is none.
 
     ``left_out`` is called with each trace of a step that is not whole.
     """
-    columns = {name: array("d" if name in TIMES else "q") for name in COLUMNS if name != a.NODE}
+    columns = {name: array("d" if name in TIMES else "q") for name in COLUMNS if name not in WORDS}
+    on_demand: list[bool] = []
     starts, node, start_ns, end_ns = array("q"), array("q"), array("q"), array("q")
     trace_ids: list[str] = []
     nodes: dict[str, int] = {}
@@ -145,6 +176,7 @@ def read_steps(traces: Iterable[Trace], left_out: Callable[[Trace], object] = la
             continue
         trace_ids.append(trace.trace_id)
         starts.append(len(node))
+        on_demand.append(told.pop(a.STEP_REASON)[0] == a.REASON_ON_DEMAND)
         node.extend([nodes.setdefault(text(name), len(nodes)) for name in told.pop(a.NODE)])
         start_ns.extend([span.start_ns for span in spans])
         end_ns.extend([span.end_ns for span in spans])
@@ -187,6 +219,7 @@ def read_steps(traces: Iterable[Trace], left_out: Callable[[Trace], object] = la
         partial=partial,
         sent=_matrix(sent, 1 + int(rank.max())),
         pods=tuple(pods.get(world, "") for world in range(1 + int(rank.max()))),
+        on_demand=np.asarray(on_demand, dtype=np.bool_),
     )
 
 
@@ -199,7 +232,7 @@ def _told(spans: Sequence[Attributes]) -> dict[str, Sequence[AttributeValue] | a
     found: dict[str, Sequence[AttributeValue] | array[Any]] = dict(zip(COLUMNS, zip(*rows, strict=True), strict=True))
     try:
         for name in COLUMNS:
-            if name != a.NODE:
+            if name not in WORDS:
                 found[name] = array("d" if name in TIMES else "q", cast("Sequence[int]", found[name]))
     except (TypeError, OverflowError):
         return None

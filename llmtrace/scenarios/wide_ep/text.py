@@ -26,6 +26,8 @@ def answer_text(found: WideEpAnswer) -> Iterator[RenderableType]:
     yield Text(f"{steps.steps} steps of {steps.ranks} ranks; {steps.partial} more lack a rank or a phase", style="dim")
     if steps.unknown:
         yield Text(f"{steps.unknown} of them do not say their phases, as in CUDA graphs", style="dim")
+    if steps.on_demand:
+        yield Text(f"{steps.on_demand} more were traced for slow requests, and count for requests only", style="dim")
     yield Text()
     yield Text("Where do the steps spend their time?  (mean ms per step)", style="bold")
     yield _shares("rank", [str(share.rank) for share in steps.by_rank], steps.by_rank[:MOST_RANKS], steps.parts)
@@ -112,13 +114,16 @@ def _experts(load: ExpertLoad | None) -> Iterator[RenderableType]:
 
 
 def _requests(found: Sequence[RequestSteps], parts: Sequence[str]) -> Table:
-    table = _numbers("trace", "tenant", "rank", "steps", "in steps", *parts, "waited", "imbalance", "caused")
+    table = _numbers(
+        "trace", "tenant", "rank", "steps", "on demand", "in steps", *parts, "waited", "imbalance", "caused"
+    )
     for each in found:
         table.add_row(
             each.trace_id,
             each.tenant,
             str(each.rank),
             str(each.prefill_steps + each.decode_steps),
+            str(each.on_demand),
             f"{each.step_ms:.1f}",
             *(f"{ms:.1f}" for ms in each.ms[: len(parts)]),
             f"{each.waited_ms:.1f}",
