@@ -75,6 +75,7 @@ def run(
     settings = _settings(
         scenario,
         stack,
+        scenario.arms,
         max_tokens=max_tokens or scenario.max_tokens,
         concurrency=concurrency or scenario.concurrency,
         request_timeout_s=request_timeout or scenario.request_timeout_s,
@@ -145,13 +146,15 @@ def verify(
     as_json: Json = False,
     store: Store = None,
 ) -> None:
-    """Send a few requests and check that each gives one complete trace (exit code 1 if not)."""
+    """Send a few requests by each gateway and check that each gives one complete trace (exit code 1 if not)."""
     scenario = scenario_of(name)
     stack = _stack(scenario)
+    # Of a cluster's stack that may be one, where the local one has all to compare.
+    arms = tuple(arm for arm in scenario.arms if arm in stack.gateways)
     tempo = TempoClient(store or stack.store)
     tracing = setup_tracing(a.CLIENT_SERVICE, "driver", default_endpoint=stack.collector_otlp_grpc)
     provider = tracing.provider
-    driver = Driver(_settings(scenario, stack, max_tokens=4), provider)
+    driver = Driver(_settings(scenario, stack, arms or scenario.arms, max_tokens=4), provider)
     driver.run_id = f"verify-{driver.run_id}"
     try:
         sent = asyncio.run(send_smoke_requests(driver, scenario.smoke_requests()))
@@ -178,7 +181,11 @@ def verify(
         if result.ok:
             console.print(f"next: llmtrace trace {result.traces[0].trace_id}")
         else:
-            console.print(f"logs: {stack.log_dir}    components: llmtrace status")
+            console.print(
+                f"logs: {stack.log_dir}    components: llmtrace status"
+                if stack.profile == "local"
+                else "components: kubectl get pods --all-namespaces"
+            )
     if not result.ok:
         raise typer.Exit(1)
 
@@ -224,13 +231,13 @@ def _stack(scenario: Scenario[Any]) -> Stack:
     return stack
 
 
-def _settings(scenario: Scenario[Any], stack: Stack, **changes: float) -> Settings:
+def _settings(scenario: Scenario[Any], stack: Stack, arms: tuple[str, ...], **changes: float) -> Settings:
     return Settings(
         scenario.name,
         stack.model,
         stack.gateways,
         {server.name: server.url for server in stack.servers if not server.standby},
-        scenario.arms,
+        arms,
         {server.name: server.role for server in stack.servers if not server.standby},
         scenario.arm_facts(stack),
         **changes,  # type: ignore[arg-type]
