@@ -15,7 +15,7 @@ import workload
 from clusters import Cluster, Played
 from machines import run
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = pytest.mark.timeout(1500, func_only=True)
 
 GPU = "nvidia.com/gpu"
 SERVERS = "app.kubernetes.io/name=model-server"

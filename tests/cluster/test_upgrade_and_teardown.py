@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from clusters import NEXT_VERSION, Cluster
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = pytest.mark.timeout(1800, func_only=True)
 
 LEFT = """
 ls -d /etc/kubernetes /etc/containerd/* /var/lib/kubelet /var/lib/etcd /var/lib/llmtrace /usr/local/bin/kube* \\
