@@ -58,7 +58,7 @@ test: check kubernetes ## Everything that CI runs
 	$(RUN) llmtrace up
 	$(RUN) pytest tests --ignore=tests/cluster
 
-test-cluster: .venv/.synced ## Tests on a cluster of three machines, which are made for it (root; needs what `make up` installs)
+test-cluster: .venv/.synced ## Tests on a cluster of three machines, which are made for it (root; needs what `make demo` installs)
 	$(RUN) pytest tests/cluster -x
 
 bench: .venv/.synced ## Benchmarks: ratios measured side by side in one run

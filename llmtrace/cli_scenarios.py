@@ -84,6 +84,7 @@ def run(
     settings = _settings(
         scenario,
         stack,
+        scenario.arms,
         max_tokens=max_tokens or scenario.max_tokens,
         concurrency=concurrency or scenario.concurrency,
         request_timeout_s=request_timeout or scenario.request_timeout_s,
@@ -161,7 +162,7 @@ def verify(
     since: Since = None,
     until: Until = None,
 ) -> None:
-    """Send a few requests and check that each gives one complete trace (exit code 1 if not).
+    """Send a few requests by each gateway and check that each gives one complete trace (exit code 1 if not).
 
     With --since nothing is sent: the traces of that time are checked.
     """
@@ -173,10 +174,12 @@ def verify(
         _show(result, as_json, "")
         return
     stack = _stack(scenario)
+    # Of a cluster's stack that may be one, where the local one has all to compare.
+    arms = tuple(arm for arm in scenario.arms if arm in stack.gateways)
     tempo = TempoClient(store or stack.store)
     tracing = setup_tracing(a.CLIENT_SERVICE, "driver", default_endpoint=stack.collector_otlp_grpc)
     provider = tracing.provider
-    driver = Driver(_settings(scenario, stack, max_tokens=4), provider)
+    driver = Driver(_settings(scenario, stack, arms or scenario.arms, max_tokens=4), provider)
     driver.run_id = f"verify-{driver.run_id}"
     try:
         sent = asyncio.run(send_smoke_requests(driver, scenario.smoke_requests()))
@@ -194,7 +197,9 @@ def verify(
             failed_requests=driver.failures,
             others=scenario.also(tempo, time.time_ns() - LOOK_BACK_S * 10**9, time.time_ns()),
         )
-    bad = f"logs: {stack.log_dir}    components: llmtrace status"
+    bad = "components: kubectl get pods --all-namespaces"
+    if stack.profile == "local":
+        bad = f"logs: {stack.log_dir}    components: llmtrace status"
     _show(result, as_json, f"next: llmtrace trace {result.traces[0].trace_id}" if result.ok else bad)
 
 
@@ -307,13 +312,13 @@ def _stack(scenario: Scenario[Any]) -> Stack:
     return stack
 
 
-def _settings(scenario: Scenario[Any], stack: Stack, **changes: float) -> Settings:
+def _settings(scenario: Scenario[Any], stack: Stack, arms: tuple[str, ...], **changes: float) -> Settings:
     return Settings(
         scenario.name,
         stack.model,
         stack.gateways,
         {server.name: server.url for server in stack.servers if not server.standby},
-        scenario.arms,
+        arms,
         {server.name: server.role for server in stack.servers if not server.standby},
         scenario.arm_facts(stack),
         **changes,  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from rich.table import Table
 from llmtrace.deploy import doctor as checks
 from llmtrace.deploy import health, playbook
 from llmtrace.errors import UserError
-from llmtrace.stack import Stack, cache_home, state_home
+from llmtrace.stack import Stack, cache_home, default_path, state_home
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -48,7 +48,13 @@ def down(
 
 def status(as_json: Json = False) -> None:
     """Show what runs and answers; exit code 1 where something does not."""
-    states = health.statuses(Stack.load())
+    stack = Stack.load()
+    if stack.profile == "cluster":
+        raise UserError(
+            f"{default_path()} is of a stack in a cluster, which knows itself what runs: see "
+            "`kubectl get pods --all-namespaces`"
+        )
+    states = health.statuses(stack)
     if as_json:
         typer.echo(json.dumps([_state(state) for state in states], indent=2))
     else:

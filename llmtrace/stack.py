@@ -1,9 +1,10 @@
-"""The state file of a running local stack: what runs where."""
+"""The state file of a running stack: what runs where."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -39,7 +40,7 @@ class Server(Part):
 
     name: str
     url: str
-    process: str
+    process: str = ""
     role: str = "both"
     standby: bool = False
 
@@ -60,37 +61,41 @@ class Scaler(Part):
 
 
 class Picker(Part):
-    """An endpoint picker: its process, ports on 127.0.0.1 and EndpointPickerConfig file."""
+    """An endpoint picker: its EndpointPickerConfig file and, of the local stack, its process and ports on 127.0.0.1."""
 
-    process: str
-    grpc_port: int
-    health_port: int
-    metrics_port: int
     config: Path
+    process: str = ""
+    grpc_port: int = 0
+    health_port: int = 0
+    metrics_port: int = 0
 
 
 class Stack(Part):
-    """A stack that was stood up for a scenario. Addresses are base URLs without a trailing slash."""
+    """A stack that was stood up for a scenario. Addresses are base URLs without a trailing slash.
 
-    profile: str
+    Of the profile ``cluster`` the fields up to ``pickers`` are told, as far as a person knows them, and the rest is
+    empty: Kubernetes knows it.
+    """
+
+    profile: Literal["local", "cluster"]
     scenario: str
     run_dir: Path
-    log_dir: Path
-    supervisor_conf: Path
     model: str
     gateways: dict[str, str]
-    servers: list[Server]
+    collector_otlp_grpc: str
+    store: str
+    servers: list[Server] = []
+    kv_block_size: int = 16
+    pickers: dict[str, Picker] = {}
     sidecars: list[Sidecar] = []
     scaler: Scaler | None = None
-    kv_block_size: int
-    pickers: dict[str, Picker]
-    envoy_admin: str
-    collector_otlp_grpc: str
-    collector_otlp_http: str
-    collector_health: str
-    store: str
-    prometheus: str
-    versions: dict[str, str]
+    log_dir: Path = Path()
+    supervisor_conf: Path = Path()
+    envoy_admin: str = ""
+    collector_otlp_http: str = ""
+    collector_health: str = ""
+    prometheus: str = ""
+    versions: dict[str, str] = {}
 
     @classmethod
     def load(cls, path: Path | None = None) -> Stack:

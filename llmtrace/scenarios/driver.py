@@ -155,9 +155,13 @@ class Driver:
         )
 
     async def send_one(self, arm: str, request: Request) -> str:
-        """Send one request outside of any block, and return its trace id; a conversation shares its cache."""
+        """Send one request outside of any block, and return its trace id; a conversation shares its cache.
+
+        Its trace is to be kept where only a share of them is.
+        """
         async with self._client(arm) as client:
-            return await self._send(client, arm, request, self._salt(arm, request.conversation), {})
+            salt = self._salt(arm, request.conversation)
+            return await self._send(client, arm, request, salt, {a.SAMPLING_KEEP: True})
 
     def _salt(self, arm: str, share: str) -> str:
         """A cache_salt of its own for each run, arm and share; vLLM refuses "/" and "@" in it."""

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -136,22 +137,26 @@ def closed(schema: Any, *, top: bool = False) -> Any:
     return kept
 
 
+def custom_resources(source: Source) -> Iterator[dict[str, Any]]:
+    """The definitions that are wanted, as their project has them; raises UserError."""
+    with zipfile.ZipFile(archive(source)) as module:
+        for file in source.files:
+            text = module.read(f"{source.module}@{source.version}/{file}")
+            for definition in yaml.load_all(text, Loader=yaml.CSafeLoader):
+                if definition is not None and definition["spec"]["names"]["kind"] in source.kinds:
+                    yield definition
+
+
 def schemas(source: Source) -> dict[str, str]:
     """The files to write, by name."""
     made: dict[str, str] = {}
-    with zipfile.ZipFile(archive(source)) as module:
-        for file in source.files:
-            for definition in yaml.load_all(
-                module.read(f"{source.module}@{source.version}/{file}"), Loader=yaml.CSafeLoader
-            ):
-                if definition is None or definition["spec"]["names"]["kind"] not in source.kinds:
-                    continue
-                spec = definition["spec"]
-                # The version that is stored is the one to write manifests in.
-                for version in (version for version in spec["versions"] if version["storage"]):
-                    name = f"{spec['group']}_{version['name']}_{spec['names']['kind']}.json"
-                    schema = closed(version["schema"]["openAPIV3Schema"], top=True)
-                    made[name] = json.dumps(schema, separators=(",", ":"), sort_keys=True) + "\n"
+    for definition in custom_resources(source):
+        spec = definition["spec"]
+        # The version that is stored is the one to write manifests in.
+        for version in (version for version in spec["versions"] if version["storage"]):
+            name = f"{spec['group']}_{version['name']}_{spec['names']['kind']}.json"
+            schema = closed(version["schema"]["openAPIV3Schema"], top=True)
+            made[name] = json.dumps(schema, separators=(",", ":"), sort_keys=True) + "\n"
     return made
 
 

@@ -18,6 +18,9 @@ from machines import Lab, Machine
 
 from llmtrace.deploy.playbook import CHECKOUT
 
+NEXT_VERSION = "1.34.4"
+"""Of Kubernetes: what the cluster is upgraded to from that of playbooks/vars/versions.yml."""
+
 
 @dataclass(frozen=True)
 class Played:

@@ -81,7 +81,8 @@ def base() -> Path:
     folder = CACHE / "test-machine" / SUITE
     if folder.exists():
         return folder
-    partial = folder.with_suffix(".partial")
+    # Not NAME.partial, which `llmtrace up` would remove.
+    partial = folder.with_suffix(".building")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     run(

@@ -12,7 +12,7 @@ import pytest
 from clusters import Cluster
 from machines import GUEST, run
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(900, func_only=True)
 
 
 def refused(cluster: Cluster, *sentences: str, **arguments: object) -> None:

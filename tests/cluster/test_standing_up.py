@@ -7,7 +7,7 @@ import time
 import pytest
 from clusters import Cluster
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = pytest.mark.timeout(1500, func_only=True)
 
 POD = """
 apiVersion: v1

@@ -6,74 +6,121 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import workload
 from clusters import Cluster, Played
 from machines import run
 
-from llmtrace.stack import Picker, Server, Stack
-
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = pytest.mark.timeout(1500, func_only=True)
 
 GPU = "nvidia.com/gpu"
+SERVERS = "app.kubernetes.io/name=model-server"
+
+
+@dataclass(frozen=True)
+class Observed:
+    """The cluster with the Collector, Prometheus and a store; ``scratch`` is for the folders that are applied."""
+
+    cluster: Cluster
+    scratch: Path
+    folder: Path
+    store: str
+    prometheus: str
+    collector: str
+
+    def bring(self, scenario: str, servers: Path) -> Played:
+        """Apply a scenario's servers, then its gateway, which must know their addresses, and verify it, by site.yml."""
+        first = apply(self.cluster, [self.folder, servers])
+        assert first.code == 0, first.text
+        found = [
+            workload.Endpoint(
+                pod["metadata"]["name"],
+                pod["status"]["podIP"],
+                pod["metadata"]["labels"].get("llm-d.ai/role", "both"),
+            )
+            for pod in self.cluster.get("pods", "--namespace=llm-d", f"--selector={SERVERS}")
+            if "deletionTimestamp" not in pod["metadata"]
+        ]
+        folder = self.scratch / f"gateway-{scenario}"
+        gateway = workload.gateway(folder, self.scratch / "state", scenario, found)
+        stack = {
+            "scenario": scenario,
+            "model": workload.MODEL_NAME,
+            "gateways": {
+                arm: f"http://{workload.GATEWAY_ADDRESS}:{port}" for arm, port in workload.ports(scenario).items()
+            },
+            "collector_otlp_grpc": f"http://{self.collector}:4317",
+            "store": self.store,
+            "servers": [{"name": each.name, "url": f"http://{each.address}:8000", "role": each.role} for each in found],
+            "kv_block_size": workload.KV_BLOCK_SIZE,
+            "pickers": {arm: {"config": str(folder / workload.picker_file(arm))} for arm in workload.ports(scenario)},
+        }
+        return apply(self.cluster, [self.folder, servers, gateway], cluster_verify=[stack])
+
+    def traces(self, scenario: str) -> list[list[dict[str, Any]]]:
+        """The spans of each trace of the scenario in the store, newest trace first."""
+        query = f'q={{span.llmtrace.scenario.name="{scenario}"}}'
+        search = ["--get", "--data-urlencode", query, "--data", "limit=20", f"{self.store}/api/search"]
+        answer = json.loads(self.curl(*search))
+        return [self.spans(scenario, found["traceID"]) for found in answer["traces"]]
+
+    def spans(self, scenario: str, trace_id: str) -> list[dict[str, Any]]:
+        """The spans of a trace, by the state file that the playbook wrote."""
+        done = subprocess.run(
+            self.cluster.lab.inside(Path(sys.executable).parent / "llmtrace", "trace", trace_id, "--json"),
+            env={**os.environ, "LLMTRACE_STACK": str(self.cluster.kubeconfig.parent / f"stack-{scenario}.json")},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        spans: list[dict[str, Any]] = json.loads(done.stdout)["spans"]
+        return spans
+
+    def curl(self, *arguments: str) -> str:
+        return run(self.cluster.lab.inside("curl", "-sf", "--max-time", "20", *arguments)).stdout
 
 
 @pytest.fixture(scope="module")
-def stack(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything applied by site.yml and ready; the state file by which the command line finds it."""
+def observed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Observed:
+    """What takes spans and metrics, on nodes that seem to have GPUs."""
     scratch = tmp_path_factory.mktemp("workload")
     for node in ("gpu-1", "gpu-2"):
         # What NVIDIA's device plugin would say.
         capacity = [{"op": "add", "path": f"/status/capacity/{GPU.replace('/', '~1')}", "value": "8"}]
         cluster.kubectl("patch", "node", node, "--subresource=status", "--type=json", f"--patch={json.dumps(capacity)}")
-    folders = [
-        workload.observability(scratch / "observability"),
-        workload.model_servers(scratch / "model-servers", 2),
-    ]
-    first = apply(cluster, folders)
-    assert first.code == 0, first.text
-    servers = cluster.get("pods", "--namespace=llm-d", "--selector=app.kubernetes.io/name=model-server")
-    endpoints = {pod["metadata"]["name"]: pod["status"]["podIP"] for pod in servers}
-    second = apply(cluster, [*folders, workload.gateway(scratch / "gateway", scratch / "state", endpoints)])
-    assert second.code == 0, second.text
-    gateway = f"http://{cluster.address('gateway', workload.STAND_INS)}"
+    folder = workload.observability(scratch / "observability")
+    played = apply(cluster, [folder])
+    assert played.code == 0, played.text
     store = f"http://{cluster.address('store', workload.STAND_INS)}:{workload.STORE_PORT}"
-    agent = f"http://{cluster.address('collector-agent', 'llmtrace')}"
-    found = Stack(
-        profile="cluster",
-        scenario="prefix-cache",
-        run_dir=scratch,
-        log_dir=scratch,
-        supervisor_conf=scratch / "none",
-        model=workload.MODEL_NAME,
-        gateways={arm: f"{gateway}:{port}" for arm, port in workload.PORTS.items()},
-        servers=[Server(name=name, url=f"http://{address}:8000", process=name) for name, address in endpoints.items()],
-        kv_block_size=workload.LOCAL["vllm_block_size"],
-        pickers={
-            arm: Picker(
-                process=f"picker-{arm}",
-                grpc_port=ports["grpc"],
-                health_port=ports["health"],
-                metrics_port=ports["metrics"],
-                config=scratch / "gateway" / f"picker-{arm}.yaml",
-            )
-            for arm, ports in workload.LOCAL["picker_ports"]["prefix-cache"].items()
-        },
-        envoy_admin="http://127.0.0.1:1",
-        collector_otlp_grpc=f"{agent}:4317",
-        collector_otlp_http=f"{agent}:4318",
-        collector_health="http://127.0.0.1:1",
-        store=store,
-        prometheus=f"http://{cluster.address('prometheus', 'llmtrace')}:9090",
-        versions={},
-    )
-    found.save(scratch / "stack.json")
-    return scratch / "stack.json"
+    prometheus = f"http://{cluster.address('prometheus', 'llmtrace')}:9090"
+    return Observed(cluster, scratch, folder, store, prometheus, cluster.address("collector-agent", "llmtrace"))
 
 
-def apply(cluster: Cluster, folders: list[Path], timeout_s: int = 420) -> Played:
+@pytest.fixture(scope="module")
+def unified(observed: Observed) -> Played:
+    """Two model servers for whole requests, behind two pickers."""
+    stop(observed.cluster, "model-server-prefill", "model-server-decode")
+    return observed.bring("prefix-cache", workload.model_servers(observed.scratch / "model-servers", 2))
+
+
+@pytest.fixture(scope="module")
+def split(observed: Observed) -> Played:
+    """A prefill and a decode server in place of the other two, behind three pickers."""
+    stop(observed.cluster, "model-server")
+    return observed.bring("pd-disaggregation", workload.disaggregated_servers(observed.scratch / "split-servers"))
+
+
+def stop(cluster: Cluster, *deployments: str) -> None:
+    cluster.kubectl("delete", "deployment", *deployments, "--namespace=llm-d", "--ignore-not-found")
+
+
+def apply(cluster: Cluster, folders: list[Path], timeout_s: int = 420, **variables: object) -> Played:
     """Run site.yml as for a cluster that is there already: with its kubeconfig and nothing else."""
     inventory = cluster.lab.folder / "kubeconfig-only.json"
     inventory.write_text(json.dumps({"kubernetes": {"hosts": {"the-lab": {}}}}))
@@ -84,55 +131,65 @@ def apply(cluster: Cluster, folders: list[Path], timeout_s: int = 420) -> Played
         cluster_kubectl=str(cluster.bundle / "programs/kubectl"),
         cluster_manifests=list(map(str, folders)),
         cluster_manifests_timeout_s=timeout_s,
+        **variables,
     )
 
 
-def llmtrace(cluster: Cluster, stack: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command line in the lab's network, which has a way to pods and services by a node."""
-    return subprocess.run(
-        cluster.lab.inside(Path(sys.executable).parent / "llmtrace", *arguments),
-        env={**os.environ, "LLMTRACE_STACK": str(stack), "OTEL_EXPORTER_OTLP_INSECURE": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def test_prefix_cache_is_verified_through_the_cluster(cluster: Cluster, stack: Path) -> None:
-    done = llmtrace(cluster, stack, "verify", "prefix-cache", "--timeout=60", "--json")
-    assert done.returncode == 0, done.stdout + done.stderr
-    verified = json.loads(done.stdout)
-    assert verified["ok"]
-    assert len(verified["traces"]) > 1
-
-
-def test_spans_carry_pod_node_and_namespace(cluster: Cluster, stack: Path) -> None:
-    store = Stack.load(stack).store
-    answer = run(cluster.lab.inside("curl", "-sf", "--max-time", "20", f"{store}/api/search?limit=1")).stdout
-    (trace,) = json.loads(answer)["traces"]
-    done = llmtrace(cluster, stack, "trace", trace["traceID"], "--json")
-    assert done.returncode == 0, done.stderr
-    nodes = {
+def located(cluster: Cluster, spans: list[dict[str, Any]]) -> set[str]:
+    """The services of a trace, each of whose spans names the pod, node and namespace that it is from."""
+    pods = {
         pod["metadata"]["name"]: (pod["spec"]["nodeName"], pod["metadata"]["namespace"])
         for pod in cluster.get("pods", "--all-namespaces")
     }
     seen = set()
-    for span in json.loads(done.stdout)["spans"]:
-        resource = span["resource"]
+    for resource in (span["resource"] for span in spans):
         if resource["service.name"] == "llmtrace-client":
             continue
-        pod = resource["k8s.pod.name"]
-        assert (resource["k8s.node.name"], resource["k8s.namespace.name"]) == nodes[pod]
+        assert (resource["k8s.node.name"], resource["k8s.namespace.name"]) == pods[resource["k8s.pod.name"]]
         seen.add(resource["service.name"])
-    assert {"envoy", workload.PICKER, "vllm"} <= seen
+    return seen
 
 
-def test_metrics_of_model_servers_arrive_in_prometheus(cluster: Cluster, stack: Path) -> None:
-    prometheus = Stack.load(stack).prometheus
-    query = f"{prometheus}/api/v1/query?query=count(vllm:num_requests_running)"
-    answer = json.loads(run(cluster.lab.inside("curl", "-sf", "--max-time", "20", query)).stdout)
+def test_prefix_cache_is_verified_through_the_cluster(unified: Played) -> None:
+    assert unified.code == 0, unified.text
+    assert "Verify the traces of each scenario" in unified.text
+    print(f"site.yml with the gateway and the smoke test of prefix-cache in {unified.seconds:.0f} s")
+
+
+def test_spans_carry_pod_node_and_namespace(observed: Observed, unified: Played) -> None:
+    assert unified.code == 0
+    for spans in observed.traces("prefix-cache"):
+        assert located(observed.cluster, spans) == {"envoy", workload.PICKER, "vllm"}
+
+
+def test_metrics_of_model_servers_arrive_in_prometheus(observed: Observed, unified: Played) -> None:
+    assert unified.code == 0
+    query = 'query=count(vllm:num_requests_running{role=""})'
+    answer = json.loads(observed.curl("--get", "--data-urlencode", query, f"{observed.prometheus}/api/v1/query"))
     assert answer["data"]["result"][0]["value"][1] == "2"
+
+
+def test_disaggregation_is_verified_through_the_cluster(split: Played) -> None:
+    assert split.code == 0, split.text
+    assert "Verify the traces of each scenario" in split.text
+    print(f"site.yml with the gateway and the smoke test of pd-disaggregation in {split.seconds:.0f} s")
+
+
+def test_a_split_request_is_followed_from_node_to_node(observed: Observed, split: Played) -> None:
+    assert split.code == 0
+    wanted = {"envoy", workload.PICKER, "llm-d-disagg-sidecar", "vllm"}
+    legs = []
+    for spans in observed.traces("pd-disaggregation"):
+        assert located(observed.cluster, spans) == wanted
+        legs.append(
+            {
+                (span["resource"]["llmtrace.role"], span["resource"]["k8s.node.name"])
+                for span in spans
+                if span["name"] == "llm_request"
+            }
+        )
+    assert {("prefill", "gpu-1"), ("decode", "gpu-2")} in legs
+    assert {("decode", "gpu-2")} in legs
 
 
 def test_what_never_gets_ready_is_named_with_its_reason(cluster: Cluster, tmp_path: Path) -> None:

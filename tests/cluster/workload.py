@@ -1,16 +1,18 @@
 """What runs on the test cluster: the kit's manifests, with stand-ins for what this machine cannot run.
 
-Real: the Collector's agents and gateway, Prometheus, Envoy, vLLM with the plugin from its ConfigMap, all but Envoy by
-the kit's own manifests. Stand-ins: the embedded store for Tempo, Envoy with the embedded picker for a Gateway and
-llm-d's router, vLLM for CPUs for vLLM for GPUs (its environment and the kit's are mounted from this machine), and
-volumes of pods for volumes that last.
+Real: the Collector's agents and gateway, Prometheus, Envoy, vLLM with the plugin from its ConfigMap, NIXL between the
+pods of prefill and decode servers, all but Envoy by the kit's own manifests. Stand-ins: the embedded store for Tempo,
+Envoy with the embedded picker for a Gateway and llm-d's router, the embedded sidecar for llm-d's, vLLM for CPUs for
+vLLM for GPUs (its environment and the kit's are mounted from this machine), and volumes of pods for volumes that last.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,10 @@ MODEL = CACHE / "model" / f"SmolLM2-135M-Instruct-{LOCAL['model_package_version'
 COLLECTOR = CACHE / "collector" / LOCAL["collector_version"] / "otelcol"
 PROMETHEUS = CACHE / "prometheus" / LOCAL["prometheus_version"] / "prometheus"
 ENVOY = CACHE / "envoy" / LOCAL["envoy_version"] / "envoy/_bin/envoy"
+NIXL = CACHE / "nixl" / LOCAL["nixl_version"]
 PYTHON = Path(sys.base_prefix)
-SHARED = [CHECKOUT, Path(sys.prefix), VLLM, MODEL, PYTHON]
+KIT = [CHECKOUT, PYTHON, *([] if Path(sys.prefix).is_relative_to(CHECKOUT) else [Path(sys.prefix)])]
+SHARED = [*KIT, VLLM, MODEL, NIXL]
 """Folders of this machine that the machines, and pods on them, see at the same path."""
 LIBC = ["libc6", "libgcc-s1", "gcc-12-base"]
 SYSTEM = [
@@ -60,15 +64,23 @@ IMAGES: list[dict[str, Any]] = [
 STAND_INS = "stand-ins"
 PICKER = "llm-d-epp"
 MODEL_NAME: str = LOCAL["vllm_model_name"]
-PORTS: Mapping[str, int] = LOCAL["gateway_ports"]["prefix-cache"]
+KV_BLOCK_SIZE: int = LOCAL["vllm_block_size"]
+GATEWAY_ADDRESS = "10.96.0.80"
+"""Of the gateway's service: among those that Kubernetes does not choose itself."""
 STORE_PORT = 3200
 
 Object = dict[str, Any]
 
 
 def missing() -> list[Path]:
-    """What `llmtrace up` installs and is not there."""
-    return [path for path in (VLLM, MODEL, COLLECTOR, PROMETHEUS, ENVOY) if not path.exists()]
+    """What `make demo` installs and is not there."""
+    return [path for path in (VLLM, MODEL, NIXL, COLLECTOR, PROMETHEUS, ENVOY) if not path.exists()]
+
+
+def ports(scenario: str) -> Mapping[str, int]:
+    """Port of the gateway by the scenario's arms."""
+    found: Mapping[str, int] = LOCAL["gateway_ports"][scenario]
+    return found
 
 
 def write(folder: Path, kustomization: Object, objects: Sequence[Object] = ()) -> Path:
@@ -110,20 +122,21 @@ def _env(*pairs: tuple[str, str]) -> list[Object]:
     return [{"name": name, "value": value} for name, value in pairs]
 
 
+def _volume(path: Path) -> str:
+    """Name of the volume of a folder of the host."""
+    return f"host-{SHARED.index(path)}"
+
+
 def _mounts(paths: Sequence[Path]) -> dict[str, list[Object]]:
     return {
-        "volumes": [
-            {"name": f"host-{i}", "hostPath": {"path": str(path), "type": "Directory"}} for i, path in enumerate(paths)
-        ],
-        "volumeMounts": [
-            {"name": f"host-{i}", "mountPath": str(path), "readOnly": True} for i, path in enumerate(paths)
-        ],
+        "volumes": [{"name": _volume(path), "hostPath": {"path": str(path), "type": "Directory"}} for path in paths],
+        "volumeMounts": [{"name": _volume(path), "mountPath": str(path), "readOnly": True} for path in paths],
     }
 
 
 def observability(folder: Path) -> Path:
     """The Collector and Prometheus as the kit has them, every trace kept, and the store under Tempo's name."""
-    kit = _mounts([CHECKOUT, PYTHON])
+    kit = _mounts(KIT)
     labels = {"app.kubernetes.io/name": "store"}
     store: list[Object] = [
         _namespace(STAND_INS),
@@ -207,12 +220,68 @@ def observability(folder: Path) -> Path:
 
 
 def model_servers(folder: Path, replicas: int) -> Path:
-    """The kit's model servers, with vLLM's environment of this machine in place of its image."""
-    mounts = _mounts([VLLM, MODEL, PYTHON])
-    patch = {
+    """The kit's model servers, each for whole requests."""
+    return write(
+        folder,
+        {
+            "resources": [_base(folder, "base/serving"), _base(folder, "base/model-server")],
+            "images": [_image("vllm")],
+            "patches": [{"patch": yaml.safe_dump(_vllm("model-server", 8000, replicas=replicas))}, _privileged()],
+        },
+    )
+
+
+def disaggregated_servers(folder: Path) -> Path:
+    """The kit's prefill server and its decode server behind the sidecar, on different machines."""
+    scenario = "scenarios/pd-disaggregation"
+    decode = _vllm("model-server-decode", 8200, node="gpu-2", kv_role="kv_both")
+    mounts = _mounts(KIT)
+    pod = decode["spec"]["template"]["spec"]
+    pod["volumes"] += [each for each in mounts["volumes"] if each not in pod["volumes"]]
+    pod["initContainers"] = [
+        {
+            "name": "disagg-sidecar",
+            "command": [f"{sys.prefix}/bin/python", "-m", "llmtrace.sidecar"],
+            "args": [
+                *("--bind-address=0.0.0.0", "--port=8000", "--model-server-port=8200", "--kv-connector=nixlv2"),
+                *("--secure-proxy=false", "--tracing=true"),
+            ],
+            "workingDir": str(CHECKOUT),
+            "env": _env(("OTEL_EXPORTER_OTLP_INSECURE", "true"), ("OTEL_BSP_SCHEDULE_DELAY", "500")),
+            "volumeMounts": mounts["volumeMounts"],
+        }
+    ]
+    prefill = _vllm("model-server-prefill", 8000, node="gpu-1", kv_role="kv_producer")
+    return write(
+        folder,
+        {
+            "resources": [_base(folder, f"{scenario}/{role}") for role in ("prefill", "decode")]
+            + [_base(folder, "base/serving")],
+            "images": [_image("vllm"), _image("disagg-sidecar")],
+            "patches": [*({"patch": yaml.safe_dump(each)} for each in (prefill, decode)), _privileged()],
+        },
+    )
+
+
+def _image(name: str) -> Object:
+    """What kustomize puts in place of the image that the kit's manifests call ``name``."""
+    return {"name": name, "newName": "llmtrace.test/system", "newTag": "1"}
+
+
+def _privileged() -> Object:
+    """The patch for folders of the host, which are not `restricted`."""
+    enforce = "/metadata/labels/pod-security.kubernetes.io~1enforce"
+    return _patch("Namespace", "llm-d", {"op": "replace", "path": enforce, "value": "privileged"})
+
+
+def _vllm(name: str, port: int, *, replicas: int = 1, node: str = "", kv_role: str = "") -> Object:
+    """The patch by which a Deployment of the kit has vLLM's environment of this machine in place of its image."""
+    mounts = _mounts([VLLM, MODEL, NIXL, PYTHON])
+    transfer = {"kv_connector": "NixlConnector", "kv_role": kv_role, "kv_buffer_device": "cpu"}
+    return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": {"name": "model-server", "namespace": "llm-d"},
+        "metadata": {"name": name, "namespace": "llm-d"},
         "spec": {
             "replicas": replicas,
             "template": {
@@ -220,25 +289,31 @@ def model_servers(folder: Path, replicas: int) -> Path:
                 "spec": {
                     # The mounted folders are root's own.
                     "securityContext": {"runAsNonRoot": False, "runAsUser": 0, "runAsGroup": 0},
+                    **({"nodeSelector": {"kubernetes.io/hostname": node}} if node else {}),
                     "containers": [
                         {
                             "name": "vllm",
                             "command": [str(VLLM / "bin/python"), "-m", "vllm.entrypoints.openai.api_server"],
                             "args": [
-                                *(f"--model={MODEL}", f"--served-model-name={MODEL_NAME}", "--port=8000"),
+                                *(f"--model={MODEL}", f"--served-model-name={MODEL_NAME}", f"--port={port}"),
                                 *("--dtype=bfloat16", "--max-model-len=4096", "--enforce-eager"),
-                                *(f"--block-size={LOCAL['vllm_block_size']}", "--gpu-memory-utilization=0.15"),
+                                *(f"--block-size={KV_BLOCK_SIZE}", "--gpu-memory-utilization=0.15"),
                                 f"--kv-cache-memory-bytes={LOCAL['vllm_kv_cache_bytes']}",
                                 "--distributed-executor-backend=vllm.v1.executor.uniproc_executor.UniProcExecutor",
                                 *("--enable-prompt-tokens-details", "--disable-uvicorn-access-log"),
                                 "--otlp-traces-endpoint=http://collector-agent.llmtrace:4317",
+                                *([f"--kv-transfer-config={json.dumps(transfer)}"] if kv_role else []),
                             ],
                             "env": _env(
+                                ("PYTHONPATH", f"/plugins:{NIXL}"),
                                 ("HF_HUB_OFFLINE", "1"),
                                 ("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
                                 ("OMP_NUM_THREADS", "1"),
                                 ("TOKENIZERS_PARALLELISM", "false"),
                                 ("OTEL_BSP_SCHEDULE_DELAY", "500"),
+                                # One kernel lies beneath all machines, and UCX would take it for shared memory.
+                                ("UCX_TLS", "self,tcp"),
+                                ("UCX_NET_DEVICES", "eth0"),
                             ),
                             "resources": {
                                 "requests": {"cpu": "500m", "memory": "2Gi", "nvidia.com/gpu": "1"},
@@ -252,25 +327,33 @@ def model_servers(folder: Path, replicas: int) -> Path:
             },
         },
     }
-    privileged = _patch(
-        "Namespace",
-        "llm-d",
-        # Folders of the host are not `restricted`.
-        {"op": "replace", "path": "/metadata/labels/pod-security.kubernetes.io~1enforce", "value": "privileged"},
-    )
-    return write(
-        folder,
-        {
-            "resources": [_base(folder, "base/serving"), _base(folder, "base/model-server")],
-            "images": [{"name": "vllm", "newName": "llmtrace.test/system", "newTag": "1"}],
-            "patches": [{"patch": yaml.safe_dump(patch)}, privileged],
-        },
-    )
 
 
-def gateway(folder: Path, scratch: Path, endpoints: Mapping[str, str]) -> Path:
-    """Envoy and a picker for each arm, in one pod, configured as in the local stack; ``endpoints`` by pod name."""
-    etc = render(scratch, {"trace_context_networks": [NETWORK, SUBNETS[0]]})
+@dataclass(frozen=True)
+class Endpoint:
+    """A model server's pod as the picker knows it."""
+
+    name: str
+    address: str
+    role: str
+
+    @property
+    def entry(self) -> Object:
+        """Its entry in the endpoints file."""
+        labels = {"llm-d.ai/inference-serving": "true", "llm-d.ai/model": MODEL_NAME}
+        role = {} if self.role == "both" else {"llm-d.ai/role": self.role}
+        return {
+            "name": self.name,
+            "namespace": "llm-d",
+            "address": self.address,
+            "port": "8000",
+            "labels": {**labels, **role},
+        }
+
+
+def gateway(folder: Path, scratch: Path, scenario: str, endpoints: Sequence[Endpoint]) -> Path:
+    """Envoy and a picker for each arm of a scenario, in one pod, configured as in the local stack."""
+    etc = render(scratch, {"scenario": scenario, "trace_context_networks": [NETWORK, SUBNETS[0]]})
     envoy = yaml.safe_load((etc / "envoy.yaml").read_text())
     for listener in envoy["static_resources"]["listeners"]:
         listener["address"]["socket_address"]["address"] = "0.0.0.0"
@@ -279,23 +362,15 @@ def gateway(folder: Path, scratch: Path, endpoints: Mapping[str, str]) -> Path:
         if found["name"] == "collector":
             found["type"] = "STRICT_DNS"
             found["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]["address"]["socket_address"] = agent
-    pods = [
-        {
-            "name": name,
-            "namespace": "llm-d",
-            "address": address,
-            "port": "8000",
-            "labels": {"llm-d.ai/inference-serving": "true", "llm-d.ai/model": MODEL_NAME},
-        }
-        for name, address in endpoints.items()
-    ]
+    arms = ports(scenario)
+    pods = [endpoint.entry for endpoint in endpoints]
     files = {"envoy.yaml": yaml.safe_dump(envoy), "endpoints.yaml": yaml.safe_dump({"endpoints": pods})}
-    for arm in PORTS:
-        files[f"picker-{arm}.yaml"] = (etc / f"picker-{arm}.yaml").read_text().replace(str(etc), "/config")
+    for arm in arms:
+        files[picker_file(arm)] = (etc / f"picker-{arm}.yaml").read_text().replace(str(etc), "/config")
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (folder / name).write_text(text)
-    kit = _mounts([CHECKOUT, PYTHON])
+    kit = _mounts(KIT)
     config = {"name": "config", "mountPath": "/config", "readOnly": True}
     labels = {"app.kubernetes.io/name": "gateway"}
     containers: list[Object] = [
@@ -304,18 +379,21 @@ def gateway(folder: Path, scratch: Path, endpoints: Mapping[str, str]) -> Path:
             "image": "llmtrace.test/envoy:1",
             "args": ["--config-path", "/config/envoy.yaml", "--concurrency", "1", "--disable-hot-restart"],
             "env": _env(("OTEL_RESOURCE_ATTRIBUTES", "service.instance.id=gateway")),
-            "readinessProbe": {"tcpSocket": {"port": min(PORTS.values())}, "periodSeconds": 2},
+            "readinessProbe": {"tcpSocket": {"port": min(arms.values())}, "periodSeconds": 2},
             "volumeMounts": [config],
         },
-        *(_picker(arm, [*kit["volumeMounts"], config]) for arm in PORTS),
+        *(_picker(scenario, arm, [*kit["volumeMounts"], config]) for arm in arms),
     ]
-    ports = [{"name": arm, "port": port, "targetPort": port} for arm, port in PORTS.items()]
     objects: list[Object] = [
         {
             "apiVersion": "v1",
             "kind": "Service",
             "metadata": {"name": "gateway", "namespace": STAND_INS},
-            "spec": {"selector": labels, "ports": ports},
+            "spec": {
+                "selector": labels,
+                "clusterIP": GATEWAY_ADDRESS,
+                "ports": [{"name": arm, "port": port, "targetPort": port} for arm, port in arms.items()],
+            },
         },
         _deployment(
             "gateway", labels, containers, [*kit["volumes"], {"name": "config", "configMap": {"name": "gateway"}}]
@@ -328,15 +406,20 @@ def gateway(folder: Path, scratch: Path, endpoints: Mapping[str, str]) -> Path:
     )
 
 
-def _picker(arm: str, mounts: Sequence[Object]) -> Object:
-    ports = LOCAL["picker_ports"]["prefix-cache"][arm]
+def picker_file(arm: str) -> str:
+    """Name of an arm's EndpointPickerConfig in the folder of :func:`gateway`."""
+    return f"picker-{arm}.yaml"
+
+
+def _picker(scenario: str, arm: str, mounts: Sequence[Object]) -> Object:
+    found = LOCAL["picker_ports"][scenario][arm]
     return {
         "name": f"picker-{arm}",
         "image": "llmtrace.test/system:1",
         "command": [
             *(f"{sys.prefix}/bin/python", "-m", "llmtrace.picker", "--pool-name=llm-d", "--pool-namespace=llm-d"),
-            *(f"--config-file=/config/picker-{arm}.yaml", f"--grpc-port={ports['grpc']}"),
-            *(f"--grpc-health-port={ports['health']}", f"--metrics-port={ports['metrics']}"),
+            *(f"--config-file=/config/{picker_file(arm)}", f"--grpc-port={found['grpc']}"),
+            *(f"--grpc-health-port={found['health']}", f"--metrics-port={found['metrics']}"),
         ],
         "workingDir": str(CHECKOUT),
         "env": _env(

@@ -1,4 +1,4 @@
-"""What site.yml says of an inventory that is not right, before it has reached a host."""
+"""What site.yml and verify.yml say of an inventory that is not right, without a host."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loopback import free_port
 
 from llmtrace.deploy import playbook
+from llmtrace.stack import Stack
 
 HOSTS = {"hosts": {"node-1": {"ansible_host": "192.0.2.1"}}}
 
 
-def refusal(tmp_path: Path, inventory: dict[str, Any]) -> str:
+def refusal(tmp_path: Path, inventory: dict[str, Any], name: str = "site.yml") -> str:
     path = tmp_path / "inventory.json"
     path.write_text(json.dumps(inventory))
     done = subprocess.run(
-        [Path(sys.executable).parent / "ansible-playbook", "-i", path, playbook.playbooks_dir() / "site.yml"],
+        [Path(sys.executable).parent / "ansible-playbook", "-i", path, playbook.playbooks_dir() / name],
         env=os.environ | {"ANSIBLE_CONFIG": str(playbook.CHECKOUT / "ansible.cfg")},
         capture_output=True,
         text=True,
@@ -42,3 +44,18 @@ def refusal(tmp_path: Path, inventory: dict[str, Any]) -> str:
 )
 def test_what_is_wrong_is_a_sentence(tmp_path: Path, inventory: dict[str, Any], words: str) -> None:
     assert words in refusal(tmp_path, {**inventory, "all": {"vars": {"bundle": "/nowhere"}}})
+
+
+def test_smoke_tests_of_a_cluster_say_what_does_not_answer(tmp_path: Path) -> None:
+    address = f"http://127.0.0.1:{free_port()}"
+    stack = {
+        "scenario": "prefix-cache",
+        "model": "Qwen3-32B",
+        "gateways": {"prefix-aware": address},
+        "collector_otlp_grpc": address,
+        "store": address,
+    }
+    variables = {"cluster_verify": [stack], "cluster_verify_timeout_s": 1}
+    inventory = {"kubernetes": {"hosts": {"prod": {}}}, "all": {"vars": variables}}
+    assert f"the trace store at {address} cannot be reached" in refusal(tmp_path, inventory, "verify.yml")
+    assert Stack.load(tmp_path / "stack-prefix-cache.json").gateways == {"prefix-aware": address}

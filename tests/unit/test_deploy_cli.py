@@ -48,6 +48,15 @@ def test_status_of_a_stack_that_died_is_1(app: typer.Typer, state: Path, monkeyp
     assert CliRunner().invoke(app, ["status"]).exit_code == 1
 
 
+def test_status_of_a_cluster_says_who_knows(app: typer.Typer, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = state / "stack.json"
+    Stack.model_validate(STACK | {"profile": "cluster"}).save(path)
+    monkeypatch.setenv("LLMTRACE_STACK", str(path))
+    result = CliRunner().invoke(app, ["status"])
+    assert isinstance(result.exception, UserError)
+    assert "see `kubectl get pods --all-namespaces`" in str(result.exception)
+
+
 def test_doctor_finds_a_half_finished_install(app: typer.Typer, state: Path) -> None:
     (state / "cache/llmtrace-kit/collector/0.160.0.partial").mkdir(parents=True)
     result = CliRunner().invoke(app, ["doctor", "--json"])

@@ -233,6 +233,8 @@ async def test_requests_of_the_smoke_test_share_a_cache_within_a_conversation(
     assert list(sent.values()) == ["prefix-aware"] * 3 + ["random"] * 3
     cached = [attributes(s).get("gen_ai.usage.cache_read.input_tokens") for s in exporter.get_finished_spans()]
     assert cached == [0, 192, 0] * 2
+    # Where the Collector keeps a share of the traces, it keeps these.
+    assert all(attributes(s)["llmtrace.sampling.keep"] for s in exporter.get_finished_spans())
 
 
 async def test_no_text_of_a_prompt_or_an_answer_is_recorded(driver: Driver, exporter: InMemorySpanExporter) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,14 @@ def test_the_variable_names_the_state_file(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("LLMTRACE_STACK", str(tmp_path / "elsewhere.json"))
     Stack.model_validate(STACK).save(tmp_path / "elsewhere.json")
     assert Stack.load().model == "m"
+
+
+def test_of_a_cluster_addresses_are_enough(tmp_path: Path) -> None:
+    told = ("scenario", "model", "gateways", "collector_otlp_grpc", "store")
+    path = tmp_path / "stack.json"
+    path.write_text(json.dumps({"profile": "cluster", "run_dir": ".", **{name: STACK[name] for name in told}}))
+    stack = Stack.load(path)
+    assert (stack.servers, stack.pickers, stack.kv_block_size) == ([], {}, 16)
 
 
 def test_without_a_stack_the_error_says_what_to_run(tmp_path: Path) -> None:
