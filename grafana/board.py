@@ -60,17 +60,13 @@ class Panel:
 
 @dataclass(frozen=True)
 class TraceTable:
-    """The newest traces that match a TraceQL query, in Tempo.
-
-    ``beyond_store`` says what of the query the embedded store does not understand; empty where it does.
-    """
+    """The newest traces that match a TraceQL query, in Tempo; one that the embedded store understands too."""
 
     title: str
     description: str
     traceql: str
     width: int = 12
     height: int = 9
-    beyond_store: str = ""
 
 
 @dataclass(frozen=True)

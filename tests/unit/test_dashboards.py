@@ -172,8 +172,6 @@ def fields(node: object) -> Iterator[tuple[traceql.Field, object]]:
 def test_traceql_is_of_declared_names_and_the_store_knows_it(table: TraceTable) -> None:
     declared = registry()
     services = {emitter.service for emitter in declared.emitters}
-    if table.beyond_store:
-        pytest.skip(f"not for the store: {table.beyond_store}")
     compared = list(fields(traceql.parse(table.traceql)))
     assert compared
     for field, value in compared:
