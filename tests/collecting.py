@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import http.server
 import os
+import re
 import subprocess
 import threading
 import time
@@ -52,6 +53,13 @@ def read(name: str) -> Any:
 
 class Backend(TraceServiceServicer):
     """Takes traces by OTLP over HTTP and gRPC and metrics by HTTP; keeps what came, as it came.
+def documented(words: str) -> str:
+    """The file with these words in it that docs/collector.md gives."""
+    page = (FOLDER.parent / "docs" / "collector.md").read_text()
+    (found,) = (text for text in re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE) if words in text)
+    return str(found)
+
+
 
     With another ``http_status`` than 200 it keeps nothing of HTTP and answers that.
     """
