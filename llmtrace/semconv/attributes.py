@@ -336,6 +336,8 @@ PD_DECODE_WAITING = "llmtrace.pd.decode_waiting"
 """Requests that waited at the decode endpoint by its last scrape."""
 PD_PREFILL_WAITING = "llmtrace.pd.prefill_waiting"
 """Requests that waited at the prefill endpoint by its last scrape."""
+SAMPLING_KEEP = "llmtrace.sampling.keep"
+"""The trace is to be kept whatever its share is; set by whoever made a decision that is worth it."""
 
 # moe.yaml
 STEP_NUMBER = "llmtrace.step.number"

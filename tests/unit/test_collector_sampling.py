@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from collecting import Backend, Collector, backend, collecting, read, spans_of, wait_for
+from collecting import Backend, Collector, backend, collecting, documented, read, spans_of, wait_for
 from loopback import sample_sum, until
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
@@ -100,6 +100,21 @@ def votes(collector: Collector) -> dict[str, float]:
 
 def decided(collector: Collector) -> float:
     return sample_sum(collector.page(), "otelcol_processor_tail_sampling_global_count_traces_sampled_total")
+
+
+def test_the_marking_that_the_documentation_shows(tmp_path: Path) -> None:
+    """The file of docs/collector.md, after those of the gateway."""
+    reasons = {"no_prefill_endpoint": b"\x01" * 16, "uncached_below_threshold": b"\x02" * 16}
+    with backend() as store, collecting("gateway", tmp_path, store, NONE, documented("transform/marks")) as collector:
+        for reason, trace in reasons.items():
+            decision = {"name": "prepare_disaggregation", "parent_span_id": PARENT, "trace": trace}
+            assert collector.send(
+                spans_of(ROOT | {"trace": trace}, decision | {"attributes": {"llmtrace.pd.reason": reason}})
+            )
+        until(lambda: decided(collector) == 2, "both decisions", 20, poll_s=0.2)
+        wait_for(store, {reasons["no_prefill_endpoint"]})
+        assert {span.trace_id for span in store.spans()} == {reasons["no_prefill_endpoint"]}
+        assert votes(collector) == {"marked": 1}
 
 
 def test_a_share_of_the_rest(tmp_path: Path) -> None:
