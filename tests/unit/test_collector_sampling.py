@@ -10,7 +10,7 @@ from collecting import Backend, Collector, backend, collecting, documented, read
 from loopback import sample_sum, until
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from llmtrace.traces.otlp import key_values
+from llmtrace.traces.otlp import attributes, key_values
 
 NONE = {"SAMPLED_PERCENT": "0", "SAMPLED_TENANTS": "[gold, silver]", "SAMPLED_TENANTS_PERCENT": "100"}
 SLOW = {"SLOW_TTFT_MS": "500", "SLOW_TPOT_MS": "50", "SLOW_TOTAL_MS": "5000"}
@@ -124,6 +124,21 @@ def test_a_share_of_the_rest(tmp_path: Path) -> None:
         until(lambda: decided(collector) == 400, "all decisions", 20, poll_s=0.2)
         until(lambda: len(store.spans()) >= 60, "the share", 20)
         assert 60 <= len(store.spans()) <= 140
+
+
+def test_two_tenants_have_two_shares(tmp_path: Path) -> None:
+    """As Envoy names them, on the request's own span: all of gold's traces, and 25 % of bronze's as of the rest."""
+    shares = {"SAMPLED_TENANTS": "[gold]", "SAMPLED_TENANTS_PERCENT": "100", "SAMPLED_PERCENT": "25"}
+    with backend() as store, collecting("gateway", tmp_path, store, shares) as collector:
+        requests = [ROOT | {"attributes": {"llmtrace.tenant": tenant}} for tenant in ("gold", "bronze") * 200]
+        assert collector.send(spans_of(*requests))
+        until(lambda: decided(collector) == 400, "all decisions", 20, poll_s=0.2)
+        until(lambda: len(tenants(store)) >= 220 and tenants(store).count("gold") == 200, "the shares", 20)
+        assert 20 <= tenants(store).count("bronze") <= 80
+
+
+def tenants(store: Backend) -> list[object]:
+    return [attributes(span.attributes)["llmtrace.tenant"] for span in store.spans()]
 
 
 def test_span_metrics_count_what_sampling_drops(tmp_path: Path) -> None:
