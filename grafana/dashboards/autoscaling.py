@@ -9,7 +9,8 @@ POOL = 'namespace=~"$namespace"'
 WAITING = "llm_d_epp_flow_control_queue_size"
 WAITED = "llm_d_epp_flow_control_request_queue_duration_seconds"
 STARTING = f'service_name="llmtrace-autoscale",span_name=~"container.start|model.load|ready|first_request",{REQUEST}'
-SCALER = "of the kit's scaler; KEDA and the HorizontalPodAutoscaler have metrics of their own"
+SCALER = "of the kit's scaler, or of its watcher of a cluster's scalers"
+RANGE = "it grows with the range that is looked at"
 SERVERS = f"count by (role) (vllm:num_requests_running{{{VLLM}}})"
 
 
@@ -60,11 +61,19 @@ DECISIONS = Row(
         Panel(
             "Replicas",
             "Replicas that the scaler asks for, those of them that are ready, and the endpoints that the picker "
-            "knows. The gap between the first two is what is under way, or stuck.",
+            "knows. The gap between the first two is what is under way, or stuck. In a cluster by workload.",
             "short",
             (
-                Query(f"max(llmtrace_autoscale_current_replicas{{{POOL}}})", "asked for", may_be_empty=SCALER),
-                Query(f"max(llmtrace_autoscale_ready_replicas{{{POOL}}})", "ready", may_be_empty=SCALER),
+                Query(
+                    f"max by (workload) (llmtrace_autoscale_current_replicas{{{POOL}}})",
+                    "asked for {{workload}}",
+                    may_be_empty=SCALER,
+                ),
+                Query(
+                    f"max by (workload) (llmtrace_autoscale_ready_replicas{{{POOL}}})",
+                    "ready {{workload}}",
+                    may_be_empty=SCALER,
+                ),
                 Query(f"min(llm_d_epp_ready_endpoints{{{POOL}}})", "endpoints of the picker"),
             ),
         ),
