@@ -16,7 +16,7 @@ from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from grafana import generate
-from grafana.board import Board, JaegerTable, Panel, TraceTable, limits
+from grafana.board import COLOURS, Board, JaegerTable, Panel, TraceTable, limits
 from grafana.dashboards import boards
 from grafana.render import VARIABLES
 from grafana.series import known_labels, known_series
@@ -258,6 +258,15 @@ def test_limits_go_both_ways() -> None:
     assert [color for _, color in limits(1, 2)] == ["green", "yellow", "red"]
     assert [color for _, color in limits(0.5, 0.2)] == ["red", "yellow", "green"]
     assert [value for value, _ in limits(0.5, 0.2)][1:] == [0.2, 0.5]
+def test_a_panel_has_limits_or_says_why_not(board: Board) -> None:
+    for panel in board.panels():
+        assert bool(panel.thresholds) != bool(panel.no_limit), panel.title
+        if panel.kind == "heatmap":
+            assert panel.no_limit == COLOURS, panel.title
+    assert any(panel.thresholds for panel in board.panels())
+    assert all(len(panel.no_limit.split()) > 3 for panel in board.panels() if panel.no_limit)
+
+
 
 
 def test_variables_are_replaced_as_grafana_does_it() -> None:
