@@ -99,10 +99,11 @@ class Running:
 @contextmanager
 def running(config: list[Path], folder: Path, receiver: Receiver) -> Iterator[Running]:
     grpc_port, http_port, health, metrics = free_ports(4)
-    found = sorted(path for path in cache_home().glob("collector/*/otelcol") if ".partial" not in str(path))
+    found = [path for path in cache_home().glob("collector/*/otelcol") if ".partial" not in str(path)]
     if not found:
         raise SystemExit(f"there is no Collector in {cache_home()}: run `llmtrace up` first")
-    command = [str(found[-1]), "--feature-gates=ottl.set.allowNil", *(f"--config={path}" for path in config)]
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    command = [str(newest), "--feature-gates=ottl.set.allowNil", *(f"--config={path}" for path in config)]
     environment = {
         "OTLP_GRPC_ENDPOINT": f"127.0.0.1:{grpc_port}",
         "OTLP_HTTP_ENDPOINT": f"127.0.0.1:{http_port}",

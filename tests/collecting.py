@@ -38,6 +38,8 @@ FOLDER = playbook.CHECKOUT / "collector"
 RENDERINGS = {
     "local": ("common", "redaction", "span-metrics", "prometheus", "store", "local"),
     "agent": ("common", "redaction", "prometheus", "agent", "to-gateway"),
+    "agent of several gateways": ("common", "redaction", "prometheus", "agent", "to-gateways"),
+    "agent in Kubernetes": ("common", "redaction", "prometheus", "agent", "to-gateway", "agent-kubernetes"),
     "gateway": ("common", "redaction", "span-metrics", "prometheus", "store", "gateway"),
 }
 """The lists of docs/collector.md."""

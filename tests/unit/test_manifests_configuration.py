@@ -48,7 +48,7 @@ def test_collectors_run_the_renderings_of_the_documentation(role: str) -> None:
 
 
 @pytest.mark.parametrize("role", COLLECTORS)
-@pytest.mark.parametrize("components", [(), ("capture-content",)], ids=["redacted", "captured"])
+@pytest.mark.parametrize("components", [(), ("capture-content",), ("several-gateways",)], ids="+".join)
 def test_the_collector_accepts_what_its_pod_has(role: str, components: tuple[str, ...], tmp_path: Path) -> None:
     """Arguments, files and variables all come from the manifests; only the folder is another."""
     items = rendered("observability", *components)
