@@ -4,7 +4,8 @@
 while one is loaded as much as it takes, the other idles. A span costs what the process used of the processor, so that
 the load generator on the same cores does not count. The gateway has its defaults (all metrics of spans, redaction, tail
 sampling, the queue on disk), a memory limit of 1 GiB, and sends to the same kind of sink as the other. Every request
-has new trace ids. Needs the Collector that ``llmtrace up`` installs.
+has new trace ids. At last the gateway is loaded until it refuses spans: its memory then is what it needs at most. Needs
+the Collector that ``llmtrace up`` installs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ from llmtrace.traces.otlp import key_values
 
 FOLDER = Path(__file__).parents[1] / "collector"
 GATEWAY = ("common", "redaction", "span-metrics", "prometheus", "store", "gateway")
+LIMIT_MIB = 1024
+SATURATION_S = 180.0
+"""So long the Collector may take until it refuses something."""
 SENDERS = 4
 TRACES = 25
 """In a request; each with one span of every one of ``NAMES``."""
@@ -99,10 +103,11 @@ class Running:
 @contextmanager
 def running(config: list[Path], folder: Path, receiver: Receiver) -> Iterator[Running]:
     grpc_port, http_port, health, metrics = free_ports(4)
-    found = sorted(path for path in cache_home().glob("collector/*/otelcol") if ".partial" not in str(path))
+    found = [path for path in cache_home().glob("collector/*/otelcol") if ".partial" not in str(path)]
     if not found:
         raise SystemExit(f"there is no Collector in {cache_home()}: run `llmtrace up` first")
-    command = [str(found[-1]), "--feature-gates=ottl.set.allowNil", *(f"--config={path}" for path in config)]
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    command = [str(newest), "--feature-gates=ottl.set.allowNil", *(f"--config={path}" for path in config)]
     environment = {
         "OTLP_GRPC_ENDPOINT": f"127.0.0.1:{grpc_port}",
         "OTLP_HTTP_ENDPOINT": f"127.0.0.1:{http_port}",
@@ -112,7 +117,7 @@ def running(config: list[Path], folder: Path, receiver: Receiver) -> Iterator[Ru
         "STORE_URL": "http://127.0.0.1:9",
         "PROMETHEUS_URL": "http://127.0.0.1:9",
         "SINK": f"127.0.0.1:{receiver.port}",
-        "MEMORY_LIMIT_MIB": "1024",
+        "MEMORY_LIMIT_MIB": str(LIMIT_MIB),
         "MEMORY_SPIKE_MIB": "200",
     }
     log = folder / "collector.log"
@@ -178,16 +183,15 @@ class Requests:
         return body
 
 
-def load(target: Running, seconds: float) -> None:
-    """Send as much as the Collector takes for so long, then see how long it works on that."""
+def load(target: Running, goes_on: Callable[[], bool]) -> None:
+    """Send as much as the Collector takes while that goes on, then see how long it works on that."""
     requests = Requests()
-    over = time.monotonic() + seconds
     lock = threading.Lock()
     each = TRACES * len(NAMES)
 
     def send(_: int) -> None:
         with httpx.Client(timeout=60, trust_env=False) as client:
-            while time.monotonic() < over:
+            while goes_on():
                 answer = client.post(
                     target.url, content=requests.next(), headers={"content-type": "application/x-protobuf"}
                 )
@@ -205,6 +209,28 @@ def load(target: Running, seconds: float) -> None:
     # What waits for its decision is decided some seconds later, and paid then.
     settled(target)
     target.cpu_seconds += target.cpu - cpu
+
+
+def for_seconds(seconds: float) -> Callable[[], bool]:
+    over = time.monotonic() + seconds
+    return lambda: time.monotonic() < over
+
+
+def saturate(target: Running, seconds: float) -> float:
+    """Load the Collector until it has refused spans for so long; gives the seconds until the first refusal."""
+    start, before = time.monotonic(), target.refused
+    refused_at: list[float] = []
+
+    def goes_on() -> bool:
+        now = time.monotonic()
+        if not refused_at and target.refused > before:
+            refused_at.append(now)
+        return now < (refused_at[0] + seconds if refused_at else start + SATURATION_S)
+
+    load(target, goes_on)
+    if not refused_at:
+        raise SystemExit(f"the Collector refused nothing in {SATURATION_S:.0f} s: its memory limit was not reached")
+    return refused_at[0] - start
 
 
 def settled(target: Running, timeout_s: float = 60) -> None:
@@ -235,7 +261,7 @@ def measure(seconds: float, rounds: int) -> dict[str, object]:
                 costs = []
                 for target in (plain, gateway):
                     spans, cpu = target.spans, target.cpu_seconds
-                    load(target, seconds)
+                    load(target, for_seconds(seconds))
                     costs.append((target.cpu_seconds - cpu) / max(target.spans - spans, 1))
                 ratios.append(costs[0] / costs[1])
             found: dict[str, object] = {"cores": os.cpu_count(), "spans in a trace": len(NAMES)}
@@ -247,7 +273,16 @@ def measure(seconds: float, rounds: int) -> dict[str, object]:
                     f"{label}: spans sent on": target.receiver.counts().spans,
                     f"{label}: most memory, MiB": round(target.largest / 2**20),
                 }
-            return found | {"gateway / plain, per core": round(statistics.median(ratios), 3)}
+            found["gateway / plain, per core"] = round(statistics.median(ratios), 3)
+            spans, refused = gateway.spans, gateway.refused
+            found |= {
+                "saturated: seconds to the first refusal": round(saturate(gateway, seconds)),
+                "saturated: spans taken": gateway.spans - spans,
+                "saturated: spans refused": gateway.refused - refused,
+                "saturated: memory limit, MiB": LIMIT_MIB,
+                "saturated: most memory, MiB": round(gateway.largest / 2**20),
+            }
+            return found
 
 
 def main() -> None:
@@ -261,7 +296,7 @@ def main() -> None:
         print(json.dumps(result))
         return
     for name, value in result.items():
-        print(f"{name:32} {value:,}")
+        print(f"{name:40} {value:,}")
 
 
 if __name__ == "__main__":

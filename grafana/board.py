@@ -18,8 +18,11 @@ def limits(warn: float, bad: float) -> Thresholds:
     return ((float("-inf"), GREEN), (warn, YELLOW), (bad, RED))
 
 
-NO_LIMIT: Thresholds = ((float("-inf"), GREEN),)
-"""For what is neither good nor bad, such as a request rate."""
+# Why a panel has no limits.
+FLOW = "what comes is neither good nor bad"
+COMPARED = "its series are there to be compared with each other"
+YOURS = "what is much depends on what you run, and where"
+COLOURS = "a heat map has a scale of colours"
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,9 @@ class Query:
 class Panel:
     """Metrics over time, or their last values. ``scenario`` is the only one in which there is data, if not in all.
 
-    In a heat map each series is a row, in the order of its legend, which must be a number. ``unit`` is one of Grafana's
-    unit ids. ``endpoint_label`` is the label of the series that names a model server: they then link to the engine's
-    dashboard.
+    It has ``thresholds``, or ``no_limit`` says why not. In a heat map each series is a row, in the order of its legend,
+    which must be a number. ``unit`` is one of Grafana's unit ids. ``endpoint_label`` is the label of the series that
+    names a model server: they then link to the engine's dashboard.
     """
 
     title: str
@@ -49,7 +52,8 @@ class Panel:
     unit: str
     queries: tuple[Query, ...]
     kind: Literal["timeseries", "stat", "heatmap"] = "timeseries"
-    thresholds: Thresholds = NO_LIMIT
+    thresholds: Thresholds = ()
+    no_limit: str = ""
     width: int = 12
     height: int = 8
     stacked: bool = False
@@ -60,17 +64,13 @@ class Panel:
 
 @dataclass(frozen=True)
 class TraceTable:
-    """The newest traces that match a TraceQL query, in Tempo.
-
-    ``beyond_store`` says what of the query the embedded store does not understand; empty where it does.
-    """
+    """The newest traces that match a TraceQL query, in Tempo; one that the embedded store understands too."""
 
     title: str
     description: str
     traceql: str
     width: int = 12
     height: int = 9
-    beyond_store: str = ""
 
 
 @dataclass(frozen=True)

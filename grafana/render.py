@@ -14,7 +14,7 @@ from grafana_foundation_sdk.models import dashboard as models
 from grafana_foundation_sdk.models import heatmap as heatmap_models
 from grafana_foundation_sdk.models import text as text_models
 
-from grafana.board import Board, Item, JaegerTable, Note, Panel, Query, Row, TextVariable, Thresholds, TraceTable
+from grafana.board import GREEN, Board, Item, JaegerTable, Note, Panel, Query, Row, TextVariable, Thresholds, TraceTable
 
 TAG = "llmtrace"
 ENGINE = "llmtrace-engine"
@@ -210,7 +210,7 @@ def _timeseries(item: Panel) -> timeseries.Panel:
     made = timeseries.Panel().legend(legend).tooltip(tooltip).line_width(1).show_points(kinds.VisibilityMode.AUTO)
     if item.stacked:
         made.stacking(common.StackingConfig().mode(kinds.StackingMode.NORMAL).group("A")).fill_opacity(40)
-    if len(item.thresholds) > 1:
+    if item.thresholds:
         made.thresholds_style(common.GraphThresholdsStyleConfig().mode(kinds.GraphTresholdsStyleMode.DASHED))
     return made
 
@@ -244,6 +244,7 @@ def _last() -> common.ReduceDataOptions:
 
 
 def _thresholds(steps: Thresholds) -> builders.ThresholdsConfig:
+    steps = steps or ((float("-inf"), GREEN),)
     made = [models.Threshold(None if value == float("-inf") else value, color) for value, color in steps]
     return builders.ThresholdsConfig().mode(models.ThresholdsMode.ABSOLUTE).steps(made)
 

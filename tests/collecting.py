@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import http.server
 import os
+import re
 import subprocess
 import threading
 import time
@@ -37,6 +38,8 @@ FOLDER = playbook.CHECKOUT / "collector"
 RENDERINGS = {
     "local": ("common", "redaction", "span-metrics", "prometheus", "store", "local"),
     "agent": ("common", "redaction", "prometheus", "agent", "to-gateway"),
+    "agent of several gateways": ("common", "redaction", "prometheus", "agent", "to-gateways"),
+    "agent in Kubernetes": ("common", "redaction", "prometheus", "agent", "to-gateway", "agent-kubernetes"),
     "gateway": ("common", "redaction", "span-metrics", "prometheus", "store", "gateway"),
 }
 """The lists of docs/collector.md."""
@@ -50,13 +53,21 @@ def read(name: str) -> Any:
     return yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
 
 
+def documented(words: str) -> str:
+    """The file with these words in it that docs/collector.md gives."""
+    page = (FOLDER.parent / "docs" / "collector.md").read_text()
+    (found,) = (text for text in re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE) if words in text)
+    return str(found)
+
+
 class Backend(TraceServiceServicer):
     """Takes traces by OTLP over HTTP and gRPC and metrics by HTTP; keeps what came, as it came.
 
-    With another ``http_status`` than 200 it keeps nothing of HTTP and answers that.
+    With another ``http_status`` than 200 it keeps nothing of HTTP and answers that. gRPC is at ``grpc_host``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grpc_host: str = "127.0.0.1") -> None:
+        self.grpc_host = grpc_host
         self.traces: list[bytes] = []
         self.metrics: list[bytes] = []
         self.http_status = 200
@@ -88,7 +99,7 @@ class Backend(TraceServiceServicer):
         threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
         self._grpc = grpc.server(ThreadPoolExecutor(4))
         add_TraceServiceServicer_to_server(self, self._grpc)  # type: ignore[no-untyped-call]
-        assert self._grpc.add_insecure_port(f"127.0.0.1:{self.grpc_port}") == self.grpc_port
+        assert self._grpc.add_insecure_port(f"{self.grpc_host}:{self.grpc_port}") == self.grpc_port
         self._grpc.start()
 
     def stop(self) -> None:
@@ -211,8 +222,8 @@ def environment(collector: Collector, folder: Path, backend: Backend) -> dict[st
 
 
 @contextmanager
-def backend() -> Iterator[Backend]:
-    found = Backend()
+def backend(grpc_host: str = "127.0.0.1") -> Iterator[Backend]:
+    found = Backend(grpc_host)
     try:
         yield found
     finally:

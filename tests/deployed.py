@@ -16,12 +16,18 @@ from llmtrace.deploy import playbook
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmtrace-kit"
 
 
+def installed(pattern: str) -> Path:
+    """The newest program at ``pattern`` in the cache, or where it would be."""
+    found = (path for path in CACHE.glob(pattern) if ".partial" not in str(path))
+    return max(found, key=lambda path: path.stat().st_mtime, default=CACHE / pattern)
+
+
 def program(pattern: str) -> Path:
     """The installed program at ``pattern`` in the cache; skips the test where `llmtrace up` never ran."""
-    found = sorted(path for path in CACHE.glob(pattern) if ".partial" not in str(path))
-    if not found:
-        pytest.skip(f"needs {CACHE / pattern}, which `llmtrace up` installs")
-    return found[-1]
+    found = installed(pattern)
+    if not found.exists():
+        pytest.skip(f"needs {found}, which `llmtrace up` installs")
+    return found
 
 
 def render(state_home: Path, variables: Mapping[str, object]) -> Path:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from grafana.board import Board, JaegerTable, Panel, Query, Row, TraceTable, limits
-from grafana.queries import DURATION, PICKER, REQUEST, VLLM, gauge, grown, quantile, rate
+from grafana.board import COMPARED, FLOW, Board, JaegerTable, Panel, Query, Row, TraceTable, limits
+from grafana.queries import DURATION, PICKER, REQUEST, VLLM, gauge, grown, or_zero, quantile, rate
 
 POOL = 'namespace=~"$namespace"'
 WAITING = "llm_d_epp_flow_control_queue_size"
+LEFT = "llm_d_epp_flow_control_requests_total"
 WAITED = "llm_d_epp_flow_control_request_queue_duration_seconds"
 STARTING = f'service_name="llmtrace-autoscale",span_name=~"container.start|model.load|ready|first_request",{REQUEST}'
-SCALER = "of the kit's scaler; KEDA and the HorizontalPodAutoscaler have metrics of their own"
+SCALER = "of the kit's scaler, or of its watcher of a cluster's scalers"
+RANGE = "it grows with the range that is looked at"
 SERVERS = f"count by (role) (vllm:num_requests_running{{{VLLM}}})"
 
 
@@ -30,6 +32,7 @@ DEMAND = Row(
             "Requests that passed flow control and whose response has not ended, by model.",
             "short",
             (Query(gauge("llm_d_epp_request_running", PICKER, "model_name"), "{{model_name}}"),),
+            no_limit=FLOW,
             stacked=True,
         ),
         Panel(
@@ -48,8 +51,18 @@ DEMAND = Row(
             "How waiting ended",
             "Requests per second that left flow control, by outcome. All but Dispatched are refused.",
             "reqps",
-            (Query(rate("llm_d_epp_flow_control_requests_total", POOL, "outcome"), "{{outcome}}"),),
+            (Query(rate(LEFT, POOL, "outcome"), "{{outcome}}"),),
+            no_limit=COMPARED,
             stacked=True,
+            width=6,
+        ),
+        Panel(
+            "Refused",
+            "Requests per second that flow control did not let pass: no room to wait, or too long a wait.",
+            "reqps",
+            (Query(or_zero(rate(LEFT, f'outcome!="Dispatched",{POOL}')), "refused"),),
+            thresholds=limits(0.01, 0.1),
+            width=6,
         ),
     ),
 )
@@ -60,13 +73,22 @@ DECISIONS = Row(
         Panel(
             "Replicas",
             "Replicas that the scaler asks for, those of them that are ready, and the endpoints that the picker "
-            "knows. The gap between the first two is what is under way, or stuck.",
+            "knows. The gap between the first two is what is under way, or stuck. In a cluster by workload.",
             "short",
             (
-                Query(f"max(llmtrace_autoscale_current_replicas{{{POOL}}})", "asked for", may_be_empty=SCALER),
-                Query(f"max(llmtrace_autoscale_ready_replicas{{{POOL}}})", "ready", may_be_empty=SCALER),
+                Query(
+                    f"max by (workload) (llmtrace_autoscale_current_replicas{{{POOL}}})",
+                    "asked for {{workload}}",
+                    may_be_empty=SCALER,
+                ),
+                Query(
+                    f"max by (workload) (llmtrace_autoscale_ready_replicas{{{POOL}}})",
+                    "ready {{workload}}",
+                    may_be_empty=SCALER,
+                ),
                 Query(f"min(llm_d_epp_ready_endpoints{{{POOL}}})", "endpoints of the picker"),
             ),
+            no_limit=COMPARED,
         ),
         Panel(
             "Decisions by direction",
@@ -81,6 +103,7 @@ DECISIONS = Row(
                     may_be_empty=SCALER,
                 ),
             ),
+            thresholds=limits(5, 10),
             width=6,
         ),
         Panel(
@@ -116,6 +139,7 @@ READINESS = Row(
                     may_be_empty="there once a scaler that is traced has added a replica",
                 ),
             ),
+            thresholds=limits(300, 900),
             stacked=True,
         ),
         Panel(
@@ -123,6 +147,7 @@ READINESS = Row(
             "Requests in the batch of each model server: a new replica is of use from its first one on.",
             "short",
             (Query(gauge("vllm:num_requests_running", VLLM, "instance"), "{{instance}}"),),
+            no_limit=COMPARED,
             endpoint_label="instance",
         ),
     ),
@@ -137,6 +162,7 @@ COST = Row(
             "s",
             (Query(f"sum(sum_over_time(sum({WAITING}{{{PICKER}}})[$__range:5s])) * 5", "waited"),),
             kind="stat",
+            no_limit=RANGE,
             width=6,
         ),
         Panel(
@@ -146,6 +172,7 @@ COST = Row(
             "s",
             (Query(f"sum(sum_over_time(({SERVERS})[$__range:5s])) * 5", "held"),),
             kind="stat",
+            no_limit=RANGE,
             width=6,
         ),
         Panel(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grafana.board import Board, Note, Panel, Query, Row, limits
+from grafana.board import COMPARED, FLOW, Board, Note, Panel, Query, Row, limits
 from grafana.queries import CALLS, REQUEST, grown, rate
 
 COLLECTOR = 'job=~".*collector.*",namespace=~"$namespace"'
@@ -25,6 +25,7 @@ SPANS = Row(
                     "sent by {{instance}} to {{exporter}}",
                 ),
             ),
+            no_limit=COMPARED,
         ),
         Panel(
             "Refused",
@@ -103,6 +104,7 @@ METRICS = Row(
                     "sent to {{exporter}}",
                 ),
             ),
+            no_limit=FLOW,
             width=8,
         ),
         Panel(
@@ -118,6 +120,7 @@ METRICS = Row(
                     may_be_empty=NO_OVERFLOW,
                 ),
             ),
+            thresholds=limits(5_000, 50_000),
             width=8,
         ),
         Panel(
@@ -125,6 +128,7 @@ METRICS = Row(
             "Spans per second that were counted, by service: who is silent, who is loud.",
             "ops",
             (Query(rate(CALLS, REQUEST, "service_name"), "{{service_name}}"),),
+            no_limit=COMPARED,
             width=8,
         ),
     ),
@@ -144,18 +148,28 @@ SAMPLING = Row(
                     may_be_empty=GATEWAY_ONLY,
                 ),
             ),
+            no_limit=COMPARED,
         ),
         Panel(
-            "Traces that wait, and traces lost",
-            "Traces that wait for their decision; traces that were dropped before it, or for their size, counted over "
-            "the rate interval.",
+            "Traces that wait",
+            "Traces that wait for their decision at each gateway. At TRACES_IN_MEMORY, 20,000 by default, the gateway "
+            "takes no new ones until some are decided.",
             "short",
             (
                 Query(
-                    f"sum(otelcol_processor_tail_sampling_sampling_traces_on_memory{{{COLLECTOR}}})",
-                    "waiting",
+                    f"sum by (instance) (otelcol_processor_tail_sampling_sampling_traces_on_memory{{{COLLECTOR}}})",
+                    "{{instance}}",
                     may_be_empty=GATEWAY_ONLY,
                 ),
+            ),
+            thresholds=limits(10_000, 18_000),
+            width=6,
+        ),
+        Panel(
+            "Traces lost",
+            "Traces that were dropped before their decision, or for their size, counted over the rate interval.",
+            "short",
+            (
                 Query(
                     grown(
                         "otelcol_processor_tail_sampling_sampling_trace_dropped_too_early_total", COLLECTOR, "instance"
@@ -169,6 +183,8 @@ SAMPLING = Row(
                     may_be_empty=GATEWAY_ONLY,
                 ),
             ),
+            thresholds=limits(1, 100),
+            width=6,
         ),
     ),
     collapsed=True,
@@ -198,6 +214,7 @@ PROCESS = Row(
             "Time since each Collector started. A fall is a restart.",
             "s",
             (Query(f"min by (instance) (otelcol_process_uptime_seconds_total{{{COLLECTOR}}})", "{{instance}}"),),
+            thresholds=limits(600, 60),
             width=8,
         ),
         Note(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grafana.board import Board, Note, Panel, Query, Row, TextVariable, limits
+from grafana.board import YOURS, Board, Note, Panel, Query, Row, TextVariable, limits
 from grafana.queries import PICKER, VLLM, per, rate
 
 ENGINES = f"count by (instance, role) (vllm:num_requests_running{{{VLLM}}})"
@@ -29,19 +29,23 @@ TOTAL = Row(
     (
         Panel(
             "Accelerator-seconds per request",
-            "Accelerator-seconds held by all model servers, of whatever role, per request at the picker.",
+            "Accelerator-seconds held by all model servers, of whatever role, per request at the picker. Yellow from "
+            "30 s, red from 120 s: a server that is busy shares its time among many requests.",
             "s",
             (Query(per(f"sum({HELD})", requests("llm_d_epp_request_total")), "per request"),),
             kind="stat",
+            thresholds=limits(30, 120),
             width=6,
             height=5,
         ),
         Panel(
             "Accelerator-seconds per 1,000 tokens",
-            "The same per 1,000 tokens, of prompts and generated, as the picker counts them.",
+            "The same per 1,000 tokens, of prompts and generated, as the picker counts them. Yellow from 5 s: fewer "
+            "than 200 tokens per second and accelerator.",
             "s",
             (Query(f"1000 * {per(f'sum({HELD})', TOKENS)}", "per 1,000 tokens"),),
             kind="stat",
+            thresholds=limits(5, 30),
             width=6,
             height=5,
         ),
@@ -55,6 +59,7 @@ TOTAL = Row(
                 ),
             ),
             kind="stat",
+            no_limit=YOURS,
             width=6,
             height=5,
         ),
@@ -64,6 +69,7 @@ TOTAL = Row(
             "short",
             (Query(f"1000000 * {MONEY} * {per(f'sum({HELD})', TOKENS)}", "per 1,000,000 tokens"),),
             kind="stat",
+            no_limit=YOURS,
             width=6,
             height=5,
         ),
@@ -84,6 +90,7 @@ ENDPOINTS = Row(
                     "{{role}} {{instance}}",
                 ),
             ),
+            thresholds=limits(30, 120),
             endpoint_label="instance",
         ),
         Panel(
@@ -100,6 +107,7 @@ ENDPOINTS = Row(
                     "{{role}} {{instance}}",
                 ),
             ),
+            thresholds=limits(5, 30),
             endpoint_label="instance",
         ),
         Panel(
@@ -107,6 +115,7 @@ ENDPOINTS = Row(
             "What the servers of each role cost an hour, in the currency of the price that is set above.",
             "short",
             (Query(f"$price * $accelerators * sum by (role) ({ENGINES})", "{{role}}"),),
+            no_limit=YOURS,
             stacked=True,
             width=8,
         ),
@@ -131,6 +140,7 @@ ENDPOINTS = Row(
             "Accelerators that the servers of each role hold.",
             "short",
             (Query(f"$accelerators * sum by (role) ({ENGINES})", "{{role}}"),),
+            no_limit=YOURS,
             stacked=True,
             width=8,
         ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grafana.board import Board, JaegerTable, Panel, Query, Row, TraceTable, limits
+from grafana.board import COMPARED, FLOW, YOURS, Board, JaegerTable, Panel, Query, Row, TraceTable, limits
 from grafana.queries import DURATION, SERVER, TPOT, TTFT, VLLM, gauge, mean, quantile, rate
 
 SPLIT = "pd-disaggregation"
@@ -58,6 +58,7 @@ PHASES = Row(
                     "{{span_name}} {{llmtrace_role}}",
                 ),
             ),
+            no_limit=COMPARED,
             stacked=True,
         ),
         Panel(
@@ -82,6 +83,7 @@ BATCH = Row(
             "Requests in the batch.",
             "short",
             (Query(gauge("vllm:num_requests_running", VLLM, "instance"), "{{instance}}"),),
+            no_limit=YOURS,
             width=8,
         ),
         Panel(
@@ -97,6 +99,7 @@ BATCH = Row(
             "Mean number of tokens, of prompts and generated, that one step of the engine works on.",
             "short",
             (Query(mean("vllm:iteration_tokens_total", VLLM, "instance"), "{{instance}}"),),
+            no_limit=YOURS,
             width=8,
         ),
         Panel(
@@ -105,6 +108,7 @@ BATCH = Row(
             "server.",
             "short",
             (Query(rate("vllm:prompt_tokens_by_source_total", VLLM, "source"), "{{source}}"),),
+            no_limit=FLOW,
             stacked=True,
             width=8,
         ),
@@ -113,6 +117,7 @@ BATCH = Row(
             "Tokens generated per second.",
             "short",
             (Query(rate("vllm:generation_tokens_total", VLLM, "instance"), "{{instance}}"),),
+            no_limit=FLOW,
             width=8,
         ),
         Panel(
@@ -121,6 +126,7 @@ BATCH = Row(
             "error.",
             "reqps",
             (Query(rate("vllm:request_success_total", VLLM, "finished_reason"), "{{finished_reason}}"),),
+            no_limit=COMPARED,
             width=8,
         ),
     ),
@@ -152,6 +158,7 @@ CACHE = Row(
             "Waiting requests by how far their load of KV from another server is.",
             "short",
             (Query(gauge("vllm:num_requests_kv_fetch_by_stage", VLLM, "stage"), "{{stage}}"),),
+            thresholds=limits(5, 20),
             width=8,
             scenario=SPLIT,
         ),

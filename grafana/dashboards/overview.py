@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grafana.board import Board, JaegerTable, Panel, Query, Row, TraceTable, limits
+from grafana.board import COMPARED, FLOW, YOURS, Board, JaegerTable, Panel, Query, Row, TraceTable, limits
 from grafana.queries import (
     CALLS,
     DURATION,
@@ -35,6 +35,7 @@ NOW = Row(
             "reqps",
             (Query(rate(CALLS, GATEWAY), "requests"),),
             kind="stat",
+            no_limit=FLOW,
             width=4,
             height=4,
         ),
@@ -105,6 +106,7 @@ TRAFFIC = Row(
                     "{{envoy_response_code_class}}xx",
                 ),
             ),
+            no_limit=COMPARED,
             width=8,
         ),
         Panel(
@@ -115,6 +117,7 @@ TRAFFIC = Row(
                 Query(rate("vllm:prompt_tokens_total", VLLM), "prompt"),
                 Query(rate("vllm:generation_tokens_total", VLLM), "generated"),
             ),
+            no_limit=FLOW,
             width=8,
         ),
         Panel(
@@ -194,6 +197,7 @@ LATENCIES = Row(
                     "{{span_name}}",
                 ),
             ),
+            thresholds=limits(10, 30),
             stacked=True,
         ),
     ),
@@ -207,6 +211,7 @@ SATURATION = Row(
             "Requests in the batch of each model server.",
             "short",
             (Query(gauge("vllm:num_requests_running", VLLM, "instance"), "{{instance}}"),),
+            no_limit=YOURS,
             width=8,
             endpoint_label="instance",
         ),

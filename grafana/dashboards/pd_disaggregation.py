@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grafana.board import Board, JaegerTable, Panel, Query, Row, TraceTable, limits
+from grafana.board import COMPARED, FLOW, YOURS, Board, JaegerTable, Panel, Query, Row, TraceTable, limits
 from grafana.queries import (
     CALLS,
     DURATION,
@@ -37,6 +37,7 @@ DECISION = Row(
                 ),
             ),
             kind="stat",
+            no_limit=YOURS,
             maximum=1,
             width=4,
         ),
@@ -52,6 +53,7 @@ DECISION = Row(
                     exemplars=True,
                 ),
             ),
+            no_limit=COMPARED,
             stacked=True,
             width=10,
         ),
@@ -65,6 +67,7 @@ DECISION = Row(
                     "{{instance}}: {{decision_type}}",
                 ),
             ),
+            no_limit=COMPARED,
             width=10,
         ),
     ),
@@ -92,6 +95,7 @@ TRANSFER = Row(
             "Bytes per second that decode servers fetch from prefill servers.",
             "binBps",
             (Query(rate("vllm:nixl_bytes_transferred_sum", VLLM, "instance"), "{{instance}}"),),
+            no_limit=FLOW,
             width=8,
             endpoint_label="instance",
         ),
@@ -100,6 +104,7 @@ TRANSFER = Row(
             "Mean size of a transfer.",
             "bytes",
             (Query(mean("vllm:nixl_bytes_transferred", VLLM, "instance"), "{{instance}}"),),
+            no_limit=FLOW,
             width=8,
             endpoint_label="instance",
         ),
@@ -139,6 +144,7 @@ TRANSFER = Row(
             "Waiting requests by how far their load of KV is.",
             "short",
             (Query(gauge("vllm:num_requests_kv_fetch_by_stage", VLLM, "stage"), "{{stage}}"),),
+            thresholds=limits(5, 20),
             width=8,
         ),
     ),
@@ -189,6 +195,7 @@ LEGS = Row(
                     "{{llmtrace_role}} {{span_name}}",
                 ),
             ),
+            no_limit=COMPARED,
             width=8,
         ),
         Panel(
@@ -203,6 +210,7 @@ LEGS = Row(
             "Prompt tokens per second that were computed, found in the local cache, or brought from a prefill server.",
             "short",
             (Query(rate("vllm:prompt_tokens_by_source_total", VLLM, "role, source"), "{{role}} {{source}}"),),
+            no_limit=COMPARED,
             stacked=True,
         ),
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grafana.board import Board, JaegerTable, Panel, Query, Row, TraceTable, limits
+from grafana.board import COMPARED, YOURS, Board, JaegerTable, Panel, Query, Row, TraceTable, limits
 from grafana.queries import INTERVAL, PICKER, SERVER, TTFT, VLLM, mean, per, quantile, rate
 
 HITS, LOOKUPS = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
@@ -55,6 +55,7 @@ SHARE = Row(
                     "{{llmtrace_prompt_cached}} {{service_instance_id}}",
                 ),
             ),
+            no_limit=COMPARED,
             stacked=True,
             width=10,
         ),
@@ -105,6 +106,7 @@ WORTH = Row(
             "Mean number of prompt tokens that came from the cache, as the model servers told it in their responses.",
             "short",
             (Query(mean("llm_d_epp_request_cached_tokens", PICKER, "instance"), "{{instance}}"),),
+            no_limit=COMPARED,
         ),
     ),
 )
@@ -118,6 +120,7 @@ INDEX = Row(
             "share: the index is out of date.",
             "percentunit",
             (Query(mean("llm_d_epp_prefix_indexer_hit_ratio", NAMESPACE, "instance"), "{{instance}}"),),
+            no_limit=COMPARED,
             maximum=1,
             width=8,
         ),
@@ -126,6 +129,7 @@ INDEX = Row(
             "Blocks of prompts that each picker knows.",
             "short",
             (Query(f"sum by (instance) (llm_d_epp_prefix_indexer_size{{{NAMESPACE}}})", "{{instance}}"),),
+            no_limit=YOURS,
             width=8,
         ),
         Panel(
@@ -139,6 +143,7 @@ INDEX = Row(
                 Query(lookup_hits("admissions"), "blocks that came", may_be_empty=PRECISE),
                 Query(lookup_hits("evictions"), "blocks that went", may_be_empty=PRECISE),
             ),
+            no_limit=COMPARED,
             width=8,
         ),
         Panel(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grafana.board import Board, JaegerTable, Panel, Query, Row, TraceTable, limits
+from grafana.board import COLOURS, COMPARED, Board, JaegerTable, Panel, Query, Row, TraceTable, limits
 from grafana.queries import DURATION, SERVER, quantile
 
 WINDOW = "2m"
@@ -36,6 +36,7 @@ def map_of_ranks(title: str, description: str, phases: str) -> Panel:
         "percentunit",
         (Query(f"{time} / ({grows(TIME, RANK)} > 0)", "{{llmtrace_rank_world}}"),),
         kind="heatmap",
+        no_limit=COLOURS,
         width=8,
         height=9,
     )
@@ -50,6 +51,7 @@ TIMES = Row(
             "what the layers leave, above all preparing the batch. Nothing where vLLM replays CUDA graphs.",
             "percentunit",
             (Query(share(grows(TIME, "llmtrace_step_phase"), grows(TIME)), "{{llmtrace_step_phase}}"),),
+            no_limit=COMPARED,
             stacked=True,
             maximum=1,
         ),
@@ -65,6 +67,7 @@ TIMES = Row(
                 )
                 for part in (0.5, 0.95)
             ),
+            thresholds=limits(0.1, 0.2),
             width=6,
         ),
         Panel(
@@ -108,6 +111,7 @@ STRAGGLERS = Row(
             "short",
             (Query(f"{grows(TOKENS, RANK, WORK)} / ({grows(STEPS, RANK)} > 0)", "{{llmtrace_rank_world}}"),),
             kind="heatmap",
+            no_limit=COLOURS,
             height=9,
         ),
         map_of_ranks("Experts by rank", "Computing the rank's experts.", "experts"),
@@ -135,6 +139,7 @@ EXPERTS = Row(
                 ),
             ),
             kind="heatmap",
+            no_limit=COLOURS,
             height=11,
         ),
         Panel(

@@ -87,7 +87,7 @@ SOURCES = (
         "istio.io/api",
         "v1.28.0",
         "h1:0fYY9G03CAdFwE/fCkpr0v7kKsy+Hz9OCCjLNBNLbnU=",
-        ("DestinationRule",),
+        ("DestinationRule", "EnvoyFilter", "Telemetry"),
         ("kubernetes/customresourcedefinitions.gen.yaml",),
     ),
 )

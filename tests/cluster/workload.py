@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from deployed import render
+from deployed import installed, render
 from machines import CACHE, NETWORK, SUBNETS
 
 from llmtrace.deploy.playbook import CHECKOUT, default_variables
@@ -25,7 +25,7 @@ from llmtrace.deploy.playbook import CHECKOUT, default_variables
 LOCAL = default_variables()
 VLLM = CACHE / "vllm" / LOCAL["vllm_version"]
 MODEL = CACHE / "model" / f"SmolLM2-135M-Instruct-{LOCAL['model_package_version']}"
-COLLECTOR = CACHE / "collector" / LOCAL["collector_version"] / "otelcol"
+COLLECTOR = installed(f"collector/{LOCAL['collector_version']}-*/otelcol")
 PROMETHEUS = CACHE / "prometheus" / LOCAL["prometheus_version"] / "prometheus"
 ENVOY = CACHE / "envoy" / LOCAL["envoy_version"] / "envoy/_bin/envoy"
 NIXL = CACHE / "nixl" / LOCAL["nixl_version"]

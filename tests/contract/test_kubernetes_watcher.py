@@ -154,6 +154,21 @@ async def test_a_decision_becomes_one_trace_with_its_replica_phases(server, tmp_
     ]  # fmt: skip
 
 
+async def test_the_leader_tells_the_replicas_asked_for_and_ready_while_it_leads(server, tmp_path):
+    def told(watcher: Watcher) -> tuple[float | None, ...]:
+        names = (f"llmtrace_autoscale_{kind}_replicas" for kind in ("current", "ready"))
+        return tuple(watcher.registry.get_sample_value(name, {"workload": "llm-d/vllm"}) for name in names)
+
+    async with watching(server, tmp_path, Collector()) as watcher:
+        await until(lambda: told(watcher) == (1, 1), "the first look")
+        await server.put(DEPLOYMENTS, deployment(3))
+        await until(lambda: told(watcher) == (3, 1), "the scaling up")
+        await server.put(DEPLOYMENTS, deployment(3, ready=3))
+        await until(lambda: told(watcher) == (3, 3), "their being ready")
+        await server.remove(HPAS, "vllm")
+        await until(lambda: told(watcher) == (None, None), "the end of what is scaled no more")
+
+
 async def test_the_first_watcher_begins_now(server, tmp_path):
     server.objects[STATE].clear()
     await scale(server, 1, 2, 1)

@@ -22,7 +22,7 @@ FILES = ("package.json", "package-lock.json", "parse.mjs")
 def grammar() -> Path:
     """The folder with the grammar installed, in the kit's cache; npm fetches it once."""
     if not shutil.which("node") or not shutil.which("npm"):
-        pytest.skip("needs node and npm on PATH")
+        pytest.fail("there are no node and npm on PATH: run this by `uv run`, whose environment has them")
     digest = sha256(b"".join((SOURCE / name).read_bytes() for name in FILES)).hexdigest()[:12]
     folder = CACHE / "lezer-traceql" / digest
     if not (folder / "node_modules" / ".package-lock.json").is_file():
@@ -38,7 +38,7 @@ def grammar() -> Path:
             check=False,
         )
         if done.returncode:
-            pytest.skip(f"npm cannot install @grafana/lezer-traceql: {done.stderr.strip()[-200:]}")
+            pytest.fail(f"npm cannot install @grafana/lezer-traceql: {done.stderr.strip()[-200:]}")
     return folder
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +12,7 @@ import httpx
 import yaml
 from parsed_promql import nodes, selector
 
-from grafana.board import Board, Query
+from grafana.board import Board, Panel, Query
 from grafana.dashboards import boards
 from grafana.generate import FOLDER
 from grafana.substitute import built_in, defaults, substitute
@@ -62,6 +62,13 @@ def ask(stack: Stack, number: int) -> None:
         httpx.post(f"{url}/v1/chat/completions", json=body, timeout=110, trust_env=False).raise_for_status()
 
 
+def refused(stack: Stack) -> None:
+    """One chat without messages on each arm, which the picker refuses: a span with an error."""
+    for url in stack.gateways.values():
+        answer = httpx.post(f"{url}/v1/chat/completions", json={"model": stack.model}, timeout=30, trust_env=False)
+        assert answer.status_code == httpx.codes.BAD_REQUEST, answer.text
+
+
 def until_none(empty: Callable[[], list[str]], stack: Stack) -> None:
     """Ask on until ``empty()`` names nothing: rates need two scrapes, with requests between them."""
     deadline = time.monotonic() + WAIT_S
@@ -75,8 +82,8 @@ def prometheus(stack: Stack) -> httpx.Client:
     return httpx.Client(base_url=stack.prometheus, timeout=30, trust_env=False)
 
 
-def queries(stack: Stack) -> Iterator[tuple[str, Query, str]]:
-    """The queries for the stack's scenario: where they are, what they are, and as Grafana sends them."""
+def queries(stack: Stack) -> Iterator[tuple[Panel, Query, str]]:
+    """The queries for the stack's scenario: their panel, what they are, and as Grafana sends them."""
     for board in boards():
         if stack.scenario not in board.scenarios:
             continue
@@ -84,7 +91,7 @@ def queries(stack: Stack) -> Iterator[tuple[str, Query, str]]:
         for panel in board.panels():
             if panel.scenario in ("", stack.scenario):
                 for query in panel.queries:
-                    yield f"{board.uid}: {panel.title}", query, substitute(query.expr, values)
+                    yield panel, query, substitute(query.expr, values)
 
 
 def generated(board: Board) -> dict[str, Any]:
@@ -92,26 +99,30 @@ def generated(board: Board) -> dict[str, Any]:
     return found
 
 
-def without_data(stack: Stack, fewest: int = 60) -> list[str]:
-    """The queries that should have data, and where the panel shows exemplars those too, and have none."""
+def without_data(stack: Stack, fewest: int = 60, needed: Collection[str] = ()) -> list[str]:
+    """The queries that should have data, and where the panel shows exemplars those too, and have none.
+
+    ``needed`` are titles of panels whose queries may be empty elsewhere, and have data after what the test has done.
+    """
     empty: list[str] = []
-    asked = 0
+    asked: list[Panel] = []
     end = time.time()
     when = {"start": end - RANGE_S, "end": end}
     with prometheus(stack) as client:
-        for where, query, expr in queries(stack):
-            asked += 1
+        for panel, query, expr in queries(stack):
+            asked.append(panel)
             answer = client.post("/api/v1/query_range", data={"query": expr, "step": STEP_S} | when)
-            assert answer.status_code == 200, f"{where}: {answer.text}"
-            if query.may_be_empty:
+            assert answer.status_code == 200, f"{panel.title}: {answer.text}"
+            if query.may_be_empty and panel.title not in needed:
                 continue
             if not answer.json()["data"]["result"]:
-                empty.append(f"{where}: {expr}")
+                empty.append(f"{panel.title}: {expr}")
             if query.exemplars:
                 told = client.post("/api/v1/query_exemplars", data={"query": expr} | when).json()["data"]
                 if not any("trace_id" in e["labels"] for series in told for e in series["exemplars"]):
-                    empty.append(f"{where}: exemplars of {expr}")
-    assert asked >= fewest
+                    empty.append(f"{panel.title}: exemplars of {expr}")
+    assert len(asked) >= fewest
+    assert {*needed} <= {panel.title for panel in asked}
     return empty
 
 
@@ -151,16 +162,22 @@ def rules(stack: Stack) -> list[dict[str, Any]]:
     return [rule for group in groups for rule in group["rules"]]
 
 
+def tables() -> dict[str, str]:
+    """The TraceQL of each table by its title, as Grafana sends it."""
+    return {
+        table.title: substitute(table.traceql, defaults(generated(board)))
+        for board in boards()
+        for table in board.trace_tables()
+    }
+
+
 def found_by_tables(stack: Stack) -> dict[str, int]:
-    """How many traces the store finds for each table whose TraceQL it understands."""
-    client = TempoClient(stack.store)
+    """How many traces the store finds for each table."""
+    return {title: found(stack, traceql) for title, traceql in tables().items()}
+
+
+def found(stack: Stack, traceql: str) -> int:
+    """How many traces of the last half hour the store finds, up to 20."""
     now = int(time.time())
-    found: dict[str, int] = {}
-    for board in boards():
-        values = defaults(generated(board))
-        for table in board.trace_tables():
-            if not table.beyond_store:
-                traceql = substitute(table.traceql, values)
-                found[table.title] = len(client.search(traceql, start_s=now - RANGE_S, end_s=now + 5, limit=20))
-    client.close()
-    return found
+    with TempoClient(stack.store) as client:
+        return len(client.search(traceql, start_s=now - RANGE_S, end_s=now + 5, limit=20))

@@ -30,7 +30,7 @@ from loopback import until
 from bench.processes import free_ports, process
 
 VERSIONS = Path(__file__).parents[2] / "playbooks" / "vars" / "versions.yml"
-ADMIN, WATCHER = "admin-token", "watcher-token"
+ADMIN, WATCHER, AGENT = "admin-token", "watcher-token", "agent-token"
 SYNC_S = 5
 """The HPA controller's period; 15 by default."""
 READY_S = 60
@@ -248,6 +248,7 @@ def control_plane(folder: Path) -> Iterator[Running]:
     (folder / "tokens.csv").write_text(
         f'{ADMIN},admin,admin,"system:masters"\n'
         f'{WATCHER},system:serviceaccount:llmtrace:autoscale,watcher,"system:serviceaccounts"\n'
+        f'{AGENT},system:serviceaccount:llmtrace:collector-agent,agent,"system:serviceaccounts"\n'
     )
     plane = Plane(folder, port, cert)
     etcd = [

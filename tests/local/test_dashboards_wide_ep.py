@@ -8,6 +8,10 @@ import pytest
 from llmtrace.stack import Stack
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
+UNEVEN = ("Who is waited for", "Full experts")
+"""Panels of what differs between ranks and between experts: two ranks share the machine with everything else, and the
+model's router, of random weights, prefers some experts.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +21,7 @@ def stack(wide_ep_stack: Stack) -> Stack:
 
 
 def test_every_panel_has_data(stack: Stack) -> None:
-    dashboards.until_none(lambda: dashboards.without_data(stack, fewest=12), stack)
+    dashboards.until_none(lambda: dashboards.without_data(stack, fewest=12, needed=UNEVEN), stack)
 
 
 def test_every_alert_has_something_to_go_by(stack: Stack) -> None:
@@ -25,5 +29,7 @@ def test_every_alert_has_something_to_go_by(stack: Stack) -> None:
 
 
 def test_the_steps_are_in_the_store(stack: Stack) -> None:
-    """Whether one is long depends on the machine; all are searched for."""
-    assert "Long steps" in dashboards.found_by_tables(stack)
+    """Whether one takes 100 ms depends on the machine; that they take more than 0.1 ms does not."""
+    traceql = dashboards.tables()["Long steps"]
+    assert "100ms" in traceql
+    assert dashboards.found(stack, traceql.replace("100ms", "100us")) > 0

@@ -18,7 +18,12 @@ def stack() -> Stack:
 
 
 def test_every_panel_has_data(stack: Stack) -> None:
-    dashboards.until_none(lambda: dashboards.without_data(stack), stack)
+    def empty() -> list[str]:
+        dashboards.refused(stack)
+        return dashboards.without_data(stack, needed=["Spans with an error"])
+
+    dashboards.until_none(empty, stack)
+    assert dashboards.found_by_tables(stack)["Failed requests"] > 0
 
 
 def test_every_alert_has_something_to_go_by(stack: Stack) -> None:

@@ -15,8 +15,8 @@ FRAGMENTS = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not 
 VALIDATED = {
     **RENDERINGS,
     "local, content captured": (*RENDERINGS["local"], "capture-content"),
-    "agent in Kubernetes": (*RENDERINGS["agent"], "agent-kubernetes"),
-    "agent in Kubernetes, content captured": (*RENDERINGS["agent"], "agent-kubernetes", "capture-content"),
+    "agent in Kubernetes, content captured": (*RENDERINGS["agent in Kubernetes"], "capture-content"),
+    "agent in Kubernetes, of several gateways": (*RENDERINGS["agent of several gateways"], "agent-kubernetes"),
     "gateway, content captured": (*RENDERINGS["gateway"], "capture-content"),
 }
 
@@ -33,12 +33,11 @@ def test_the_collector_accepts_the_rendering(name: str, tmp_path: Path) -> None:
 
 def test_every_fragment_is_part_of_a_validated_rendering() -> None:
     used = {name for rendering in VALIDATED.values() for name in rendering}
-    # The load-balancing exporter cannot be built here.
-    assert used == {*FRAGMENTS} - {"to-gateways"}
+    assert used == {*FRAGMENTS}
 
 
 def test_to_gateways_differs_from_to_gateway_in_the_exporter_only() -> None:
-    """What can be said about it without the exporter: same queue, same retries, routing by trace id."""
+    """Same queue, same retries, and behind them routing by trace id."""
     (one,) = read("to-gateway")["exporters"].values()
     several = read("to-gateways")["exporters"]["loadbalancing/gateways"]
     assert several["routing_key"] == "traceID"
@@ -51,7 +50,7 @@ def test_to_gateways_differs_from_to_gateway_in_the_exporter_only() -> None:
 def test_the_builders_manifest_has_every_component() -> None:
     built = (FOLDER / "builder.yaml").read_text().replace("_", "")
     wanted = set()
-    for name in {*FRAGMENTS} - {"to-gateways"}:
+    for name in FRAGMENTS:
         for kind in ("receivers", "processors", "exporters", "connectors", "extensions"):
             wanted |= {key.split("/")[0].replace("_", "") for key in read(name).get(kind, {})}
     # otlp_grpc is the exporter of otlpexporter.
@@ -79,7 +78,7 @@ def test_every_pipeline_of_received_data_is_guarded(name: str) -> None:
 def test_no_batch_is_between_a_sender_and_the_queue_on_disk() -> None:
     for name in FRAGMENTS:
         assert "batch" not in read(name).get("processors", {})
-    for name in ("store", "to-gateway"):
+    for name in ("store", "to-gateway", "to-gateways"):
         (exporter,) = read(name)["exporters"].values()
         assert exporter["sending_queue"]["storage"] == "file_storage/queue"
         assert exporter["retry_on_failure"]["max_elapsed_time"] == 0

@@ -6,11 +6,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from collecting import Backend, Collector, backend, collecting, read, spans_of, wait_for
+from collecting import Backend, Collector, backend, collecting, documented, read, spans_of, wait_for
 from loopback import sample_sum, until
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from llmtrace.traces.otlp import key_values
+from llmtrace.traces.otlp import attributes, key_values
 
 NONE = {"SAMPLED_PERCENT": "0", "SAMPLED_TENANTS": "[gold, silver]", "SAMPLED_TENANTS_PERCENT": "100"}
 SLOW = {"WAITED_MS": "800", "SLOW_TTFT_MS": "500", "SLOW_TPOT_MS": "50", "SLOW_TOTAL_MS": "5000"}
@@ -110,6 +110,21 @@ def decided(collector: Collector) -> float:
     return sample_sum(collector.page(), "otelcol_processor_tail_sampling_global_count_traces_sampled_total")
 
 
+def test_the_marking_that_the_documentation_shows(tmp_path: Path) -> None:
+    """The file of docs/collector.md, after those of the gateway."""
+    reasons = {"no_prefill_endpoint": b"\x01" * 16, "uncached_below_threshold": b"\x02" * 16}
+    with backend() as store, collecting("gateway", tmp_path, store, NONE, documented("transform/marks")) as collector:
+        for reason, trace in reasons.items():
+            decision = {"name": "prepare_disaggregation", "parent_span_id": PARENT, "trace": trace}
+            assert collector.send(
+                spans_of(ROOT | {"trace": trace}, decision | {"attributes": {"llmtrace.pd.reason": reason}})
+            )
+        until(lambda: decided(collector) == 2, "both decisions", 20, poll_s=0.2)
+        wait_for(store, {reasons["no_prefill_endpoint"]})
+        assert {span.trace_id for span in store.spans()} == {reasons["no_prefill_endpoint"]}
+        assert votes(collector) == {"marked": 1}
+
+
 def test_a_share_of_the_rest(tmp_path: Path) -> None:
     """Of 400 traces 25 %: between 15 % and 35 % with a certainty that no run will see the contrary of."""
     with backend() as store, collecting("gateway", tmp_path, store, {"SAMPLED_PERCENT": "25"}) as collector:
@@ -117,6 +132,21 @@ def test_a_share_of_the_rest(tmp_path: Path) -> None:
         until(lambda: decided(collector) == 400, "all decisions", 20, poll_s=0.2)
         until(lambda: len(store.spans()) >= 60, "the share", 20)
         assert 60 <= len(store.spans()) <= 140
+
+
+def test_two_tenants_have_two_shares(tmp_path: Path) -> None:
+    """As Envoy names them, on the request's own span: all of gold's traces, and 25 % of bronze's as of the rest."""
+    shares = {"SAMPLED_TENANTS": "[gold]", "SAMPLED_TENANTS_PERCENT": "100", "SAMPLED_PERCENT": "25"}
+    with backend() as store, collecting("gateway", tmp_path, store, shares) as collector:
+        requests = [ROOT | {"attributes": {"llmtrace.tenant": tenant}} for tenant in ("gold", "bronze") * 200]
+        assert collector.send(spans_of(*requests))
+        until(lambda: decided(collector) == 400, "all decisions", 20, poll_s=0.2)
+        until(lambda: len(tenants(store)) >= 220 and tenants(store).count("gold") == 200, "the shares", 20)
+        assert 20 <= tenants(store).count("bronze") <= 80
+
+
+def tenants(store: Backend) -> list[object]:
+    return [attributes(span.attributes)["llmtrace.tenant"] for span in store.spans()]
 
 
 def test_span_metrics_count_what_sampling_drops(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from grafana import generate
-from grafana.board import Board, JaegerTable, Panel, TraceTable, limits
+from grafana.board import COLOURS, Board, JaegerTable, Panel, TraceTable, limits
 from grafana.dashboards import boards
 from grafana.render import VARIABLES
 from grafana.series import known_labels, known_series
@@ -172,8 +172,6 @@ def fields(node: object) -> Iterator[tuple[traceql.Field, object]]:
 def test_traceql_is_of_declared_names_and_the_store_knows_it(table: TraceTable) -> None:
     declared = registry()
     services = {emitter.service for emitter in declared.emitters}
-    if table.beyond_store:
-        pytest.skip(f"not for the store: {table.beyond_store}")
     compared = list(fields(traceql.parse(table.traceql)))
     assert compared
     for field, value in compared:
@@ -232,21 +230,25 @@ def test_data_sources_lead_to_each_other() -> None:
     ]
     sources = {source["uid"]: source for source in found}
     assert {s["type"] for s in found} == {"prometheus", "tempo", "jaeger"}
-    exemplars = sources["llmtrace-prometheus"]["jsonData"]["exemplarTraceIdDestinations"]
-    assert {e["datasourceUid"] for e in exemplars} == sources.keys() - {"llmtrace-prometheus"}
-    assert {e["name"] for e in exemplars} == {"trace_id"}
+    (exemplar,) = sources["llmtrace-prometheus"]["jsonData"]["exemplarTraceIdDestinations"]
+    assert (exemplar["name"], exemplar["datasourceUid"]) == ("trace_id", "$LLMTRACE_TRACES")
     for uid in ("llmtrace-tempo", "llmtrace-jaeger"):
         metrics = sources[uid]["jsonData"]["tracesToMetrics"]
         assert metrics["datasourceUid"] == "llmtrace-prometheus"
         # Grafana takes a single dollar sign for a variable of its environment.
         assert all("$$__tags" in query["query"] for query in metrics["queries"])
-    (engine,) = sources["llmtrace-tempo"]["correlations"]
-    assert engine["config"]["target"]["url"] == "/d/llmtrace-engine?var-endpoint=$${endpoint}"
-    (transformation,) = engine["config"]["transformations"]
-    ordered = '[{"key":"service.name","value":"vllm"},{"key":"service.instance.id","value":"decode-0"}]'
-    matched = re.search(transformation["expression"], ordered)
-    assert matched
-    assert matched[1] == "decode-0"
+    tags = {
+        "llmtrace-tempo": '[{"key":"service.name","value":"vllm"},{"key":"service.instance.id","value":"decode-0"}]',
+        "llmtrace-jaeger": '[{"key":"host.name","type":"string","value":"node"},'
+        '{"key":"service.instance.id","type":"string","value":"decode-0"}]',
+    }
+    for uid, told in tags.items():
+        (engine,) = sources[uid]["correlations"]
+        assert engine["config"]["target"]["url"] == "/d/llmtrace-engine?var-endpoint=$${endpoint}"
+        (transformation,) = engine["config"]["transformations"]
+        matched = re.search(transformation["expression"], told)
+        assert matched
+        assert matched[1] == "decode-0"
 
 
 def test_the_docs_show_every_dashboard(board: Board) -> None:
@@ -254,6 +256,15 @@ def test_the_docs_show_every_dashboard(board: Board) -> None:
     name = board.uid.removeprefix("llmtrace-")
     assert board.title.removeprefix("LLM inference: ").lower() in page.lower()
     assert f"images/dashboard-{name}.svg" in page
+
+
+def test_a_panel_has_limits_or_says_why_not(board: Board) -> None:
+    for panel in board.panels():
+        assert bool(panel.thresholds) != bool(panel.no_limit), panel.title
+        if panel.kind == "heatmap":
+            assert panel.no_limit == COLOURS, panel.title
+    assert any(panel.thresholds for panel in board.panels())
+    assert all(len(panel.no_limit.split()) > 3 for panel in board.panels() if panel.no_limit)
 
 
 def test_limits_go_both_ways() -> None:

@@ -48,7 +48,7 @@ def test_collectors_run_the_renderings_of_the_documentation(role: str) -> None:
 
 
 @pytest.mark.parametrize("role", COLLECTORS)
-@pytest.mark.parametrize("components", [(), ("capture-content",)], ids=["redacted", "captured"])
+@pytest.mark.parametrize("components", [(), ("capture-content",), ("several-gateways",)], ids="+".join)
 def test_the_collector_accepts_what_its_pod_has(role: str, components: tuple[str, ...], tmp_path: Path) -> None:
     """Arguments, files and variables all come from the manifests; only the folder is another."""
     items = rendered("observability", *components)
@@ -128,6 +128,10 @@ def test_grafana_gets_every_dashboard_and_what_its_provisioning_names() -> None:
     assert set(re.findall(r"(?<!\$)\$([A-Z][A-Z_]+)", text)) <= variables(container).keys()
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert variables(container)["LLMTRACE_DASHBOARDS"] in mounts
+    # Every link leads to a data source that is there.
+    sources = {source["uid"] for content in data[0].values() for source in yaml.safe_load(content)["datasources"]}
+    named = set(re.findall(r'"datasourceUid": "([^"]+)"', text))
+    assert {variables(container)[uid[1:]] if uid.startswith("$") else uid for uid in named} <= sources
 
 
 @pytest.mark.parametrize(("job", "selector"), [("vllm", queries.VLLM), ("picker", queries.PICKER)])

@@ -321,6 +321,7 @@ def test_parameters(given: dict[str, Any], profiles: tuple[str, str], decider: s
         ({"encodeDeciderPluginName": "e"}, "has no stage encode"),
         ({"profiles": {"encode": "encode"}}, "has no stage encode"),
         ({"profiles": ["decode"]}, "valid dictionary"),
+        ({"keepTraces": ["because"]}, "Input should be 'uncached_at_or_above_threshold'"),
     ],
 )
 def test_parameters_that_are_refused(given: dict[str, Any], sentence: str) -> None:
@@ -448,6 +449,15 @@ def test_every_request_is_split(tmp_path: Path, configured: dict[str, Any]) -> N
     told = explained(picker)
     assert (told[a.PD_DECISION], told[a.PD_REASON]) == ("split", "always")
     assert not {a.PD_PROMPT_TOKENS, a.PD_CACHED_TOKENS, a.PD_THRESHOLD_TOKENS} & told.keys()
+
+
+@pytest.mark.parametrize("servers", [["decode"], ["prefill", "decode"]])
+def test_traces_are_marked_by_the_reason_of_their_decision(tmp_path: Path, servers: list[str]) -> None:
+    parameters = {"deciders": {"prefill": "prefix-based-pd-decider"}, "keepTraces": ["no_prefill_endpoint"]}
+    picker = Picker(tmp_path, handled(**parameters), map(server, servers))
+    ask(picker)
+    (span,) = (span for span in picker.spans if span.name == a.PD_SPAN)
+    assert span.attributes.get(a.SAMPLING_KEEP) == (True if servers == ["decode"] else None)
 
 
 def test_without_cache_data_nothing_is_split(tmp_path: Path) -> None:

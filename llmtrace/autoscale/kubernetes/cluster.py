@@ -128,6 +128,10 @@ class Cluster:
         kind = LEADER_WORKER_SETS if target.kind == "LeaderWorkerSet" else DEPLOYMENTS
         return next((o for o in self.every(kind) if (namespace(o), name(o)) == (target.namespace, target.name)), None)
 
+    def asked(self, target: Target) -> int:
+        """How many replicas of it are asked for."""
+        return int(get(self.workload(target), "spec", "replicas", default=1))
+
     def ready(self, target: Target) -> int:
         """How many of its replicas are ready."""
         return int(get(self.workload(target), "status", "readyReplicas", default=0))

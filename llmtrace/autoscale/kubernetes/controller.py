@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
@@ -70,6 +71,23 @@ class Metrics:
         self.failures = Counter(
             "llmtrace_autoscale_failures_total", "Failures of what it depends on.", ["part"], registry=registry
         )
+        self._asked = Gauge(
+            "llmtrace_autoscale_current_replicas", "Replicas that were asked for last.", ["workload"], registry=registry
+        )
+        self._ready = Gauge(
+            "llmtrace_autoscale_ready_replicas", "Replicas that can serve.", ["workload"], registry=registry
+        )
+        self._workloads: set[str] = set()
+
+    def replicas(self, found: Mapping[str, tuple[int, int]]) -> None:
+        """The replicas asked for and ready of every workload that is scaled; those of others are told no more."""
+        for workload in self._workloads - found.keys():
+            self._asked.remove(workload)
+            self._ready.remove(workload)
+        self._workloads = {*found}
+        for workload, (asked, ready) in found.items():
+            self._asked.labels(workload).set(asked)
+            self._ready.labels(workload).set(ready)
 
 
 class Watcher:
@@ -122,6 +140,7 @@ class Watcher:
             finally:
                 self.metrics.leads.set(0)
                 await _end(lead, hold)
+                self.metrics.replicas({})
             await asyncio.sleep(AGAIN_S)
 
 
@@ -187,6 +206,10 @@ class Term:
             self._progress.follow(decision, taken, ledger.later(decision), now_ns)
         ledger.forget(now_ns, {uid(hpa) for hpa in cluster.every(HPAS)})
         self._metrics.open.set(len(ledger.state.decisions))
+        targets = [scalers.target_of(hpa) for hpa in cluster.every(HPAS)]
+        self._metrics.replicas(
+            {f"{t.namespace}/{t.name}": (cluster.asked(t), cluster.ready(t)) for t in targets if cluster.workload(t)}
+        )
 
     def _accelerators(self, target: scalers.Target) -> float:
         return self.cluster.accelerators(target, self._options.prices.accelerators)

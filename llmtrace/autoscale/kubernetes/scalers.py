@@ -115,7 +115,7 @@ class Rescale:
 def read(hpa: Object, scaled_objects: Iterable[Object], variants: Iterable[Object]) -> Reading:
     """Read a version of an HPA, together with the ScaledObjects and VariantAutoscalings that there are."""
     spec, status = get(hpa, "spec", default={}), get(hpa, "status", default={})
-    target = _target(hpa)
+    target = target_of(hpa)
     owners = {get(o, "uid") for o in get(hpa, "metadata", "ownerReferences", default=[])}
     owner = next((s for s in scaled_objects if uid(s) in owners), None)
     current = int(get(status, "currentReplicas", default=0))
@@ -124,7 +124,7 @@ def read(hpa: Object, scaled_objects: Iterable[Object], variants: Iterable[Objec
     metrics = _metrics(spec, status, current, owner)
     variant = None
     if any(_VARIANT_METRIC.search(f"{m.name} {m.query}") for m in metrics):
-        variant = next((v for v in variants if _target(v) == target), None)
+        variant = next((v for v in variants if target_of(v) == target), None)
     scaler = owner or variant or hpa
     proposals = [m for m in metrics if m.proposal is not None]
     largest = max(proposals, key=lambda m: m.proposal or 0, default=None)
@@ -176,7 +176,8 @@ def rescales(event: Object) -> list[Rescale]:
     return [Rescale(uid_, t, desired, reason, metric, current) for t in sorted(times(event))]
 
 
-def _target(scaler: Object) -> Target:
+def target_of(scaler: Object) -> Target:
+    """What it scales."""
     reference = get(scaler, "spec", "scaleTargetRef", default={})
     return Target(
         str(get(reference, "kind", default="Deployment")), namespace(scaler), str(get(reference, "name", default=""))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -83,14 +83,16 @@ class Deciders(_Stages):
 
 
 class DisaggProfileHandlerParameters(Parameters):
-    """llm-d's parameters.
+    """llm-d's parameters, and one of the kit's, which llm-d's own EPP refuses.
 
     ``stage_order`` prefill-first splits every request, and runs the decode profile after the prefill profile.
+    ``keep_traces``, the kit's: reasons of decisions whose traces the Collector's sampling shall keep.
     """
 
     stage_order: Literal["decode-first", "prefill-first"] = "decode-first"
     profiles: Profiles = Field(default_factory=Profiles)
     deciders: Deciders = Field(default_factory=Deciders)
+    keep_traces: list[Annotated[Reason, Field(strict=False)]] = Field(default_factory=list)
 
     @model_validator(mode="before")
     @classmethod
@@ -201,9 +203,11 @@ class DisaggProfileHandler(ProfileHandler[DisaggProfileHandlerParameters]):
         """What llm-d leaves out: the decision's reason and inputs."""
         verdict: Verdict = request.data.get(self.name, NO_DECIDER)
         missed = verdict.split and prefill is None
+        reason = Reason.NO_PREFILL_ENDPOINT if missed else verdict.reason
         told: dict[str, str | int | None] = {
             a.PD_DECISION: (Decision.SPLIT if prefill else Decision.UNIFIED).value,
-            a.PD_REASON: (Reason.NO_PREFILL_ENDPOINT if missed else verdict.reason).value,
+            a.PD_REASON: reason.value,
+            a.SAMPLING_KEEP: True if reason in self.parameters.keep_traces else None,
             a.PD_DECIDER: self._decider.type if self._decider else None,
             a.PD_PROMPT_TOKENS: verdict.prompt_tokens,
             a.PD_CACHED_TOKENS: verdict.cached_tokens,
