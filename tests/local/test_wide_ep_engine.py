@@ -189,7 +189,7 @@ def test_a_rank_slowed_on_purpose_is_named_with_its_delay(data_parallel: Server)
         finally:
             slow.unlink()
         assert (first.rank, first.phase) == (rank, "experts"), (first, stragglers(usual))
-        assert first.share > 0.9
+        assert first.share > 0.75
         injected, found = LAYERS * DELAY_MS, first.delay_ms - lag_ms(usual, rank)
         assert 0.85 * injected < found < 1.35 * injected, (first, stragglers(usual))
 
