@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,17 @@ class Server(ModelServer):
                 return found
             last = found
             time.sleep(QUIET_S)
+
+    @contextmanager
+    def slowed(self, rank: int, delay_ms: float) -> Iterator[None]:
+        """Make each MoE layer of a rank take longer."""
+        slow, made = self.folder / "slow", self.folder / "slow.made"
+        made.write_text(f"{rank} {delay_ms}")
+        made.rename(slow)  # in one piece: the rank may be looking
+        try:
+            yield
+        finally:
+            slow.unlink()
 
     def window(self) -> list[Trace] | None:
         """All traces of steps, in order, once they are a window's and each has every rank's span."""
@@ -181,13 +193,9 @@ def check_kv_read(traces: list[Trace], ids: list[str], receiver: Receiver) -> No
 
 def test_a_rank_slowed_on_purpose_is_named_with_its_delay(data_parallel: Server) -> None:
     usual = measured(data_parallel, "usual")
-    slow = data_parallel.folder / "slow"
     for rank in range(RANKS):
-        slow.write_text(f"{rank} {DELAY_MS}")
-        try:
+        with data_parallel.slowed(rank, DELAY_MS):
             first = stragglers(measured(data_parallel, f"slow {rank}"))[0]
-        finally:
-            slow.unlink()
         assert (first.rank, first.phase) == (rank, "experts"), (first, stragglers(usual))
         assert first.share > 0.75
         injected, found = LAYERS * DELAY_MS, first.delay_ms - lag_ms(usual, rank)
@@ -232,15 +240,13 @@ def test_all_steps_of_a_slow_request_are_traced_on_both_data_parallel_ranks(tmp_
     """One rank halts in a step. The other rank has no request, and computes for those of the slow one."""
     with receiving() as own:
         server = Server(tmp_path, own, kind="moe", engines=RANKS, every=NEVER)
-        slow = server.folder / "slow"
         with serving(server), ThreadPoolExecutor(1) as pool:
             usual, trace_id = new_trace_id(), new_trace_id()
             server.complete(usual, prompt="as usual", max_tokens=TOKENS, ignore_eos=True).raise_for_status()
             answer = pool.submit(server.complete, trace_id, prompt="slow", max_tokens=LONG, ignore_eos=True)
             time.sleep(1.0)
-            slow.write_text(f"0 {HALT_MS}")
-            time.sleep(2 * LAYERS * HALT_MS / 1000)
-            slow.unlink()
+            with server.slowed(0, HALT_MS):
+                time.sleep(2 * LAYERS * HALT_MS / 1000)
             answer.result().raise_for_status()
             check_window(own, server, trace_id)
             assert not any(span.links for span in own.wait(usual, 4))

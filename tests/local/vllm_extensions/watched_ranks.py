@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,8 @@ def dummy_run(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def apply(self: Any, *args: Any, **kwargs: Any) -> None:
-    slow = _FOLDER / "slow"
-    if slow.exists():
-        rank, delay_ms = slow.read_text().split()
+    with suppress(FileNotFoundError):
+        rank, delay_ms = (_FOLDER / "slow").read_text().split()
         if dist.get_rank() == int(rank):
             time.sleep(float(delay_ms) / 1000)
     _apply(self, *args, **kwargs)
