@@ -63,7 +63,7 @@ IMAGES: list[dict[str, Any]] = [
 ]
 STAND_INS = "stand-ins"
 PICKER = "llm-d-epp"
-MODEL_NAME: str = LOCAL["vllm_model_name"]
+MODEL_NAME = "smollm2-135m"
 KV_BLOCK_SIZE: int = LOCAL["vllm_block_size"]
 GATEWAY_ADDRESS = "10.96.0.80"
 """Of the gateway's service: among those that Kubernetes does not choose itself."""
@@ -248,6 +248,7 @@ def disaggregated_servers(folder: Path) -> Path:
             ],
             "workingDir": str(CHECKOUT),
             "env": _env(("OTEL_EXPORTER_OTLP_INSECURE", "true"), ("OTEL_BSP_SCHEDULE_DELAY", "500")),
+            "resources": {"requests": {"cpu": "100m"}},
             "volumeMounts": mounts["volumeMounts"],
         }
     ]
