@@ -394,7 +394,7 @@ def test_every_pod_has_its_replica_and_its_phases_within_a_second(scene: Scene):
         assert replica.attributes[a.OUTCOME] == a.OUTCOME_SERVED
         # Whole seconds, cut off.
         for span, what in ((a.SCHEDULE_SPAN, "scheduled"), (a.IMAGE_PULL_SPAN, "pulled"), (a.READY_SPAN, "ready")):
-            assert 0 <= told[what] - phases[span].end_ns / SECOND <= 1.1, (name, what)
+            assert -0.1 <= told[what] - phases[span].end_ns / SECOND <= 1.1, (name, what)
         # vLLM's own spans.
         for span, time_s in (
             (a.CONTAINER_START_SPAN, told["started"] + 0.1),
