@@ -9,8 +9,8 @@ from llmtrace.stack import Stack
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
 UNEVEN = ("Full experts",)
-"""Panels of what differs between experts: the model's router, of random weights, prefers some. Whether one of two ranks is
-waited for depends on the machine.
+"""Panels of what differs between experts: the model's router, of random weights, prefers some. Whether one of two ranks
+is waited for depends on the machine.
 """
 
 
