@@ -233,7 +233,7 @@ def test_the_budget_bounds_the_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_windows_do_not_overlap() -> None:
     steps = Steps()
-    wanted = demand_of(steps, budget=str(10**9))
+    wanted = demand_of(steps, budget=str(10**15))
     wanted.ask(Request("a"))
     first = steps.window
     steps.number = first.stop - 2
