@@ -91,8 +91,8 @@ class _Run:
                     self.expected.setdefault(link.trace_id, set()).add(link.span_id)
                 continue
             self.stepped += 1
-            if trace.trace_id in self.expected:
-                self.expected[trace.trace_id] -= trace.by_id.keys()
+            if expected := self.expected.get(trace.trace_id):
+                expected.difference_update([span.span_id for span in trace.spans])
             yield trace
 
     def is_not_whole(self, trace: Trace) -> None:

@@ -164,7 +164,7 @@ def read_steps(traces: Iterable[Trace], left_out: Callable[[Trace], object] = la
     nodes: dict[str, int] = {}
     partial = 0
     sent: dict[int, Integers] = {}
-    pods: dict[int, str] = {}
+    pods: dict[int, AttributeValue] = {}
     for trace in traces:
         spans = [span for span in trace.spans if span.name == a.STEP_SPAN]
         if not spans:
@@ -181,7 +181,7 @@ def read_steps(traces: Iterable[Trace], left_out: Callable[[Trace], object] = la
         start_ns.extend([span.start_ns for span in spans])
         end_ns.extend([span.end_ns for span in spans])
         ranks = cast("array[int]", told[a.WORLD_RANK])
-        pods.update(zip(ranks, [text(span.resource.get(a.POD_NAME)) for span in spans], strict=True))
+        pods.update(zip(ranks, [span.resource.get(a.POD_NAME) for span in spans], strict=True))
         for name, values in told.items():
             columns[name].extend(cast("array[int]", values))
         for span in spans:
@@ -218,7 +218,7 @@ def read_steps(traces: Iterable[Trace], left_out: Callable[[Trace], object] = la
         nodes=tuple(named),
         partial=partial,
         sent=_matrix(sent, 1 + int(rank.max())),
-        pods=tuple(pods.get(world, "") for world in range(1 + int(rank.max()))),
+        pods=tuple(text(pods.get(world)) for world in range(1 + int(rank.max()))),
         on_demand=np.asarray(on_demand, dtype=np.bool_),
     )
 
