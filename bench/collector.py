@@ -4,7 +4,8 @@
 while one is loaded as much as it takes, the other idles. A span costs what the process used of the processor, so that
 the load generator on the same cores does not count. The gateway has its defaults (all metrics of spans, redaction, tail
 sampling, the queue on disk), a memory limit of 1 GiB, and sends to the same kind of sink as the other. Every request
-has new trace ids. Needs the Collector that ``llmtrace up`` installs.
+has new trace ids. Then a third, a gateway with half of that limit, is loaded until it refuses, and for a turn more:
+what it uses then is the memory at saturation. Needs the Collector that ``llmtrace up`` installs.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ from llmtrace.traces.otlp import key_values
 
 FOLDER = Path(__file__).parents[1] / "collector"
 GATEWAY = ("common", "redaction", "span-metrics", "prometheus", "store", "gateway")
+AMPLE = {"MEMORY_LIMIT_MIB": "1024", "MEMORY_SPIKE_MIB": "200"}
+SMALL = {"MEMORY_LIMIT_MIB": "500", "MEMORY_SPIKE_MIB": "100", "GOMEMLIMIT": "500MiB"}
+"""In proportion as in manifests/base/collector."""
+SATURATED_S = 120
+"""Within which a gateway with a small memory limit has to refuse."""
 SENDERS = 4
 TRACES = 25
 """In a request; each with one span of every one of ``NAMES``."""
@@ -97,7 +103,7 @@ class Running:
 
 
 @contextmanager
-def running(config: list[Path], folder: Path, receiver: Receiver) -> Iterator[Running]:
+def running(config: list[Path], folder: Path, receiver: Receiver, memory: dict[str, str] = AMPLE) -> Iterator[Running]:
     grpc_port, http_port, health, metrics = free_ports(4)
     found = [path for path in cache_home().glob("collector/*/otelcol") if ".partial" not in str(path)]
     if not found:
@@ -113,9 +119,7 @@ def running(config: list[Path], folder: Path, receiver: Receiver) -> Iterator[Ru
         "STORE_URL": "http://127.0.0.1:9",
         "PROMETHEUS_URL": "http://127.0.0.1:9",
         "SINK": f"127.0.0.1:{receiver.port}",
-        "MEMORY_LIMIT_MIB": "1024",
-        "MEMORY_SPIKE_MIB": "200",
-    }
+    } | memory
     log = folder / "collector.log"
     with process(command, log, environment) as child:
         wait(f"http://127.0.0.1:{health}/", log, 30, child)
@@ -179,8 +183,8 @@ class Requests:
         return body
 
 
-def load(target: Running, seconds: float) -> None:
-    """Send as much as the Collector takes for so long, then see how long it works on that."""
+def press(target: Running, seconds: float) -> None:
+    """Send as much as the Collector takes for so long."""
     requests = Requests()
     over = time.monotonic() + seconds
     lock = threading.Lock()
@@ -199,13 +203,34 @@ def load(target: Running, seconds: float) -> None:
                         target.refused += each
                     target.largest = max(target.largest, target.process.memory_info().rss)
 
-    start, cpu = time.monotonic(), target.cpu
+    start = time.monotonic()
     with ThreadPoolExecutor(SENDERS) as pool:
         list(pool.map(send, range(SENDERS)))
     target.seconds += time.monotonic() - start
+
+
+def load(target: Running, seconds: float) -> None:
+    """As :func:`press`, then see how long it works on that."""
+    cpu = target.cpu
+    press(target, seconds)
     # What waits for its decision is decided some seconds later, and paid then.
     settled(target)
     target.cpu_seconds += target.cpu - cpu
+
+
+def saturate(target: Running, seconds: float) -> None:
+    """Press until the Collector refuses, go on so long, and see that it takes spans again afterwards."""
+    deadline = time.monotonic() + SATURATED_S
+    while not target.refused:
+        if time.monotonic() > deadline:
+            raise SystemExit(f"the gateway took {target.spans:,} spans in {SATURATED_S} s and refused none")
+        press(target, 1)
+    press(target, seconds)
+    settled(target)
+    spans = target.spans
+    press(target, 1)
+    if target.spans == spans:
+        raise SystemExit("the gateway refused spans, and takes none now that it has nothing to do")
 
 
 def settled(target: Running, timeout_s: float = 60) -> None:
@@ -220,8 +245,8 @@ def settled(target: Running, timeout_s: float = 60) -> None:
 
 
 def measure(seconds: float, rounds: int) -> dict[str, object]:
-    with tempfile.TemporaryDirectory() as name, sink((0.0, 0.0)) as receivers:
-        folders = [Path(name) / part for part in ("plain", "gateway")]
+    with tempfile.TemporaryDirectory() as name, sink((0.0, 0.0, 0.0)) as receivers:
+        folders = [Path(name) / part for part in ("plain", "gateway", "saturated")]
         for folder in folders:
             folder.mkdir()
         (folders[0] / "plain.yaml").write_text(PLAIN)
@@ -230,6 +255,7 @@ def measure(seconds: float, rounds: int) -> dict[str, object]:
         with (
             running([folders[0] / "plain.yaml"], folders[0], receivers[0]) as plain,
             running(gateway_config, folders[1], receivers[1]) as gateway,
+            running(gateway_config, folders[2], receivers[2], SMALL) as saturated,
         ):
             ratios = []
             for _ in range(rounds):
@@ -248,6 +274,12 @@ def measure(seconds: float, rounds: int) -> dict[str, object]:
                     f"{label}: spans sent on": target.receiver.counts().spans,
                     f"{label}: most memory, MiB": round(target.largest / 2**20),
                 }
+            saturate(saturated, seconds)
+            found |= {
+                "saturated: spans taken": saturated.spans,
+                "saturated: spans refused": saturated.refused,
+                "saturated: most memory, MiB": round(saturated.largest / 2**20),
+            }
             return found | {"gateway / plain, per core": round(statistics.median(ratios), 3)}
 
 
