@@ -63,7 +63,8 @@ def documented(words: str) -> str:
 class Backend(TraceServiceServicer):
     """Takes traces by OTLP over HTTP and gRPC and metrics by HTTP; keeps what came, as it came.
 
-    With another ``http_status`` than 200 it keeps nothing of HTTP and answers that. gRPC is at ``grpc_host``.
+    With another ``http_status`` than 200 it keeps nothing of HTTP, counts it as ``refused`` and answers that. gRPC is at
+    ``grpc_host``.
     """
 
     def __init__(self, grpc_host: str = "127.0.0.1") -> None:
@@ -71,6 +72,7 @@ class Backend(TraceServiceServicer):
         self.traces: list[bytes] = []
         self.metrics: list[bytes] = []
         self.http_status = 200
+        self.refused = 0
         self.http_port, self.grpc_port = free_ports(2)
         self.start()
 
@@ -88,6 +90,8 @@ class Backend(TraceServiceServicer):
                     body = gzip.decompress(body)
                 if backend.http_status == httpx.codes.OK:
                     (backend.traces if self.path == "/v1/traces" else backend.metrics).append(body)
+                else:
+                    backend.refused += self.path == "/v1/traces"
                 self.send_response(backend.http_status)
                 self.send_header("content-type", "application/x-protobuf")
                 self.send_header("content-length", "0")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from llmtrace.autoscale.record import DecisionRecord, Phase, ReplicaRecord
@@ -97,7 +97,7 @@ def drained(store: TempoClient, replica: ReplicaRecord, namespace: str) -> None:
     replica.running = replica.cut = replica.moved = 0
     for trace in (store.trace(summary.trace_id) for summary in found[:MOST_READ]):
         spans = trace.spans if trace else ()
-        own = [s for s in spans if s.name == a.SERVER_SPAN and replica.name in _names(s)]
+        own = _served(spans, replica)
         gateway = [s for s in spans if s.name == a.GATEWAY_SPAN]
         sent = [s for s in gateway if s.attributes.get(a.ENDPOINT_NAME) == endpoint]
         there = [s for s in (*own, *sent) if s.start_ns < ended_ns and s.end_ns > replica.started_ns]
@@ -135,22 +135,21 @@ def first_token(store: TempoClient, replica: ReplicaRecord, within_s: float) -> 
 
 def _first_tokens(trace: Trace, replica: ReplicaRecord) -> Iterator[int]:
     """When each of the replica's requests in a trace gave its first token."""
-    for span in trace.spans:
+    for span in _served(trace.spans, replica):
         waited = span.attributes.get(a.VLLM_TTFT)
-        own = replica.name in _names(span)
-        if span.name == a.SERVER_SPAN and own and isinstance(waited, int | float):
+        if isinstance(waited, int | float):
             yield span.start_ns + int(waited * 1e9)
 
 
-def _names(span: Span) -> tuple[object, ...]:
-    """The names that a replica's span may have for it."""
-    return span.instance, span.resource.get(a.POD_NAME)
+def _served(spans: Iterable[Span], replica: ReplicaRecord) -> list[Span]:
+    """The spans of requests that the replica served, as :func:`_of` finds them."""
+    return [s for s in spans if s.name == a.SERVER_SPAN and replica.name in (s.instance, s.resource.get(a.POD_NAME))]
 
 
 def _of(replica: ReplicaRecord) -> str:
     """A condition on the spans of a replica: a local server's name is its instance's, in a cluster it is the pod's."""
     name = json.dumps(replica.name)
-    return f"(resource.service.instance.id = {name} || resource.k8s.pod.name = {name})"
+    return f"(resource.service.instance.id = {name} || resource.{a.POD_NAME} = {name})"
 
 
 def _replace(replica: ReplicaRecord, ready: Phase, loading: Span, core: Span) -> None:

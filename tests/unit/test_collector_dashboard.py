@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx
 from collecting import Backend, Collector, backend, collecting, spans_of
+from loopback import until
 from prometheus_process import CONFIGURATION, prometheus
 
 from grafana.board import Query
@@ -58,10 +59,10 @@ def empty(client: httpx.Client, asked: list[Query]) -> list[str]:
 
 def lose_some(collector: Collector, store: Backend) -> None:
     """Send traces of which half are kept, when the backend wants none, and one that is too large."""
-    store.http_status = httpx.codes.BAD_REQUEST
-    assert collector.send(spans_of(*({"name": "ingress"} for _ in range(10))))
+    store.http_status, store.refused = httpx.codes.BAD_REQUEST, 0
     assert collector.send(spans_of({"name": "ingress", "attributes": {"note": "x" * 30_000}}))
-    time.sleep(3)  # as long as the decision and the exporter take
+    assert collector.send(spans_of(*({"name": "ingress"} for _ in range(20))))
+    until(lambda: store.refused, "the store refuses what the gateway decided to keep", WAIT_S)
     store.http_status = httpx.codes.OK
 
 
