@@ -120,6 +120,13 @@ def log_tail(log: Path, lines: int = LOG_LINES) -> str:
     return "\n".join(text.splitlines()[-lines:]) or "(empty log)"
 
 
+def _said(log: Path, uptime_s: float) -> str:
+    """What a process wrote since it was started; its log holds earlier ones' words, too."""
+    if not log.exists() or log.stat().st_mtime < time.time() - uptime_s - 1:
+        return f"It has written nothing to {log} in the {uptime_s:.0f} s that it runs: is the machine busy?"
+    return f"Last lines of {log}:\n{log_tail(log)}"
+
+
 def wait_ready(
     stack: Stack,
     timeouts_s: Mapping[str, float],
@@ -156,7 +163,7 @@ def wait_ready(
             elif elapsed > timeouts_s.get(name, default_timeout_s):
                 raise UserError(
                     f"{name} did not answer on {component.probe} within {elapsed:.0f} s "
-                    f"(process {process.state}). Last lines of {log}:\n{log_tail(log)}"
+                    f"(process {process.state}). {_said(log, process.uptime_s)}"
                 )
         time.sleep(0.5 if waiting else 0)
     for picker in stack.pickers.values():

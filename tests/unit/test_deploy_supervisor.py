@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import os
 import socket
 import subprocess
 import sys
@@ -201,6 +202,19 @@ def test_wait_ready_says_what_it_waited_for(sandbox: Sandbox, answering: str) ->
     silent = stack_with(sandbox, answering).model_copy(update={"store": "http://127.0.0.1:1"})
     with pytest.raises(UserError, match=r"store did not answer on http://127.0.0.1:1/ready within"):
         health.wait_ready(silent, {"store": 1}, 20)
+
+
+def test_wait_ready_does_not_show_what_an_earlier_process_wrote(sandbox: Sandbox, answering: str) -> None:
+    for name in NAMES:
+        sandbox.program(name)
+    earlier = sandbox.folder / "store.log"
+    earlier.write_text("shut down in good order\n")
+    os.utime(earlier, (0, 0))
+    sandbox.supervisor.launch(sandbox.conf)
+    silent = stack_with(sandbox, answering).model_copy(update={"store": "http://127.0.0.1:1"})
+    with pytest.raises(UserError, match=r"It has written nothing to \S+store.log in the") as raised:
+        health.wait_ready(silent, {"store": 1}, 20)
+    assert "in good order" not in str(raised.value)
 
 
 @pytest.fixture
