@@ -63,8 +63,8 @@ def documented(words: str) -> str:
 class Backend(TraceServiceServicer):
     """Takes traces by OTLP over HTTP and gRPC and metrics by HTTP; keeps what came, as it came.
 
-    With another ``http_status`` than 200 it keeps nothing of HTTP, counts it as ``refused`` and answers that. gRPC is at
-    ``grpc_host``.
+    With another ``http_status`` than 200 it keeps nothing of HTTP, counts traces as ``refused`` and answers that. gRPC
+    is at ``grpc_host``.
     """
 
     def __init__(self, grpc_host: str = "127.0.0.1") -> None:
