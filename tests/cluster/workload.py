@@ -313,7 +313,7 @@ def _vllm(name: str, port: int, *, replicas: int = 1, node: str = "", kv_role: s
                                 ("TOKENIZERS_PARALLELISM", "false"),
                                 ("OTEL_BSP_SCHEDULE_DELAY", "500"),
                                 # One kernel lies beneath all machines, and UCX would take it for shared memory.
-                                ("UCX_TLS", "self,tcp"),
+                                ("UCX_TLS", "tcp"),
                                 ("UCX_NET_DEVICES", "eth0"),
                             ),
                             "resources": {
