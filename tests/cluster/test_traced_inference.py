@@ -68,6 +68,7 @@ class Observed:
         times = f"start={int(since)}&end={int(time.time()) + 1}&limit=20"
         search = ["--get", "--data-urlencode", query, "--data", times, f"{self.store}/api/search"]
         answer = json.loads(self.curl(*search))
+        assert answer["traces"], f"no trace of {scenario} since {since:.0f}"
         return [self.spans(scenario, found["traceID"]) for found in answer["traces"]]
 
     def spans(self, scenario: str, trace_id: str) -> list[dict[str, Any]]:
