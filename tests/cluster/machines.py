@@ -39,7 +39,8 @@ SETTINGS: Mapping[str, object] = {
     "containerd_restrict_oom_score": True,
     "cluster_disk_gib": 5,
     "cluster_kubelet_configuration": {
-        **{"failCgroupV1": False, "enforceNodeAllocatable": []},
+        "failCgroupV1": False,
+        "enforceNodeAllocatable": [],
         # In bytes, not in parts of a disk that is this machine's and may be nearly full.
         "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1Gi"},
     },
