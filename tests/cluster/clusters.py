@@ -24,11 +24,15 @@ NEXT_VERSION = "1.34.4"
 
 @dataclass(frozen=True)
 class Played:
-    """A run of ansible-playbook: its exit code, what it printed, and how many changes it counted by host."""
+    """A run of ansible-playbook: its exit code, what it printed, and how many changes it counted by host.
+
+    ``began`` is Unix time.
+    """
 
     code: int
     text: str
     changes: Mapping[str, int]
+    began: float
     seconds: float
 
     @property
@@ -47,7 +51,7 @@ class Cluster:
     def play(self, playbook: str, *arguments: str, inventory: Path | None = None, **variables: object) -> Played:
         """Run a playbook in the lab's network."""
         inventory = inventory or self.lab.write_inventory(self.lab.folder / "inventory.json", self.variables())
-        started = time.monotonic()
+        began, started = time.time(), time.monotonic()
         command = self.lab.inside(
             Path(sys.executable).parent / "ansible-playbook",
             f"--inventory={inventory}",
@@ -72,7 +76,7 @@ class Cluster:
             )
         text = done.stdout + done.stderr
         changes = {host: int(count) for host, count in re.findall(r"\] (\S+): ok=\d+, changed=(\d+)", text)}
-        return Played(done.returncode, text, changes, time.monotonic() - started)
+        return Played(done.returncode, text, changes, began, time.monotonic() - started)
 
     def variables(self) -> dict[str, object]:
         return {"bundle": str(self.bundle), "cluster_kubeconfig": str(self.kubeconfig)}

@@ -38,7 +38,12 @@ SETTINGS: Mapping[str, object] = {
     "cluster_systemd_cgroups": False,
     "containerd_restrict_oom_score": True,
     "cluster_disk_gib": 5,
-    "cluster_kubelet_configuration": {"failCgroupV1": False, "enforceNodeAllocatable": []},
+    "cluster_kubelet_configuration": {
+        "failCgroupV1": False,
+        "enforceNodeAllocatable": [],
+        # In bytes, not in parts of a disk that is this machine's and may be nearly full.
+        "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1Gi"},
+    },
     # The number of connections is the kernel's, and so this machine's.
     "cluster_proxy_configuration": {"conntrack": {"maxPerCore": 0, "min": 0}},
     "cluster_ignore_preflight": [

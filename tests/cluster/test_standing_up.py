@@ -9,6 +9,7 @@ from clusters import Cluster
 
 pytestmark = pytest.mark.timeout(1500, func_only=True)
 
+PAUSE = "registry.k8s.io/pause:3.10.1"
 POD = """
 apiVersion: v1
 kind: Pod
@@ -16,7 +17,7 @@ metadata: {name: %(name)s}
 spec:
   nodeName: %(node)s
   terminationGracePeriodSeconds: 0
-  containers: [{name: pause, image: "registry.k8s.io/pause:3.10.1", imagePullPolicy: Never}]
+  containers: [{name: pause, image: "%(image)s", imagePullPolicy: Never}]
 """
 
 
@@ -46,7 +47,7 @@ def test_from_bare_hosts_to_ready_nodes(cluster: Cluster) -> None:
 
 def test_pods_run_and_reach_names_and_each_other(cluster: Cluster) -> None:
     for node in ("gpu-1", "gpu-2"):
-        cluster.kubectl("apply", "--filename=-", text=POD % {"name": f"on-{node}", "node": node})
+        cluster.kubectl("apply", "--filename=-", text=POD % {"name": f"on-{node}", "node": node, "image": PAUSE})
     cluster.kubectl("wait", "pod", "--all", "--for=condition=Ready", "--timeout=60s")
     cluster.kubectl("rollout", "status", "deployment/coredns", "--namespace=kube-system", "--timeout=120s")
     addresses = {pod["metadata"]["name"]: pod["status"]["podIP"] for pod in cluster.get("pods")}
@@ -74,13 +75,15 @@ def test_a_third_run_would_change_nothing_either(cluster: Cluster) -> None:
 
 def test_a_worker_that_stopped_is_healed(cluster: Cluster) -> None:
     worker = cluster.machine("gpu-2")
-    cluster.lab.on(worker, "systemctl stop kubelet containerd")
+    # An image is lost, as on a disk that was full, and the services stand still.
+    cluster.lab.on(worker, f"ctr --namespace=k8s.io images remove {PAUSE}; systemctl stop kubelet containerd")
     assert until(lambda: not cluster.ready()["gpu-2"], 90)
     played = cluster.play("site.yml")
     assert played.code == 0, played.text
     assert cluster.ready()["gpu-2"]
     assert played.changes["gpu-2"] > 0
     assert played.changes["cp-1"] == 0
+    assert PAUSE in cluster.lab.on(worker, "ctr --namespace=k8s.io images list --quiet").splitlines()
 
 
 def test_a_worker_that_lost_its_disk_comes_back(cluster: Cluster) -> None:

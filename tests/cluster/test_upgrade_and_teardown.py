@@ -73,6 +73,10 @@ def test_an_older_bundle_is_refused(cluster: Cluster, next_bundle: Path) -> None
     assert played.code != 0
     assert f"runs Kubernetes v{NEXT_VERSION}, and the bundle has " in played.words
     assert "upgrade the cluster, one host after the other, with playbooks/upgrade.yml" in played.words
+    back = cluster.play("upgrade.yml")
+    assert back.code != 0
+    assert f"runs Kubernetes v{NEXT_VERSION}, and the bundle has the older " in back.words
+    assert not any(back.changes.values()), back.text
 
 
 def test_teardown_asks_first_and_leaves_nothing(cluster: Cluster) -> None:

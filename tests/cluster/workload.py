@@ -313,7 +313,7 @@ def _vllm(name: str, port: int, *, replicas: int = 1, node: str = "", kv_role: s
                                 ("TOKENIZERS_PARALLELISM", "false"),
                                 ("OTEL_BSP_SCHEDULE_DELAY", "500"),
                                 # One kernel lies beneath all machines, and UCX would take it for shared memory.
-                                ("UCX_TLS", "self,tcp"),
+                                ("UCX_TLS", "tcp"),
                                 ("UCX_NET_DEVICES", "eth0"),
                             ),
                             "resources": {
@@ -443,6 +443,8 @@ def _namespace(name: str) -> Object:
 def _deployment(
     name: str, labels: Mapping[str, str], containers: Sequence[Object], volumes: Sequence[Object]
 ) -> Object:
+    # vLLM's thread for NIXL is never idle, and takes all time from who asks for none.
+    asking = [{**each, "resources": {"requests": {"cpu": "200m"}}} for each in containers]
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -452,7 +454,7 @@ def _deployment(
             "strategy": {"type": "Recreate"},
             "template": {
                 "metadata": {"labels": dict(labels)},
-                "spec": {"containers": list(containers), "volumes": list(volumes), "terminationGracePeriodSeconds": 5},
+                "spec": {"containers": asking, "volumes": list(volumes), "terminationGracePeriodSeconds": 5},
             },
         },
     }
