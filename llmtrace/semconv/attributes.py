@@ -371,7 +371,8 @@ STEP_KV_READ_TOKENS = "llmtrace.step.kv_read_tokens"
 STEP_WAITING_REQUESTS = "llmtrace.step.waiting_requests"
 """Requests still in the queue."""
 STEP_WAITING_TOKENS = "llmtrace.step.waiting_tokens"
-"""Prompt tokens of requests in the queue, cached ones included; not told of a queue by priority."""
+"""Prompt tokens of requests in the queue, cached ones included; where more than 256 wait, as if all were like the
+first 256; not told of a queue by priority."""
 STEP_UNLINKED_REQUESTS = "llmtrace.step.unlinked_requests"
 """Sampled requests of the batch to which the span does not link, for they are too many."""
 STEP_PADDED_TOKENS = "llmtrace.step.padded_tokens"
@@ -419,7 +420,8 @@ REARRANGEMENT_TIME = "llmtrace.moe.rearrangement_ms"
 ALL2ALL = "llmtrace.moe.all2all"
 """Back end of dispatch and combine."""
 EXPERT_TOKENS = "llmtrace.moe.expert.tokens"
-"""Tokens that the rank sent to each expert, by logical id, summed over layers since it last said so."""
+"""Tokens that the rank sent to each expert, by logical id, summed over layers and over the sampled steps since it last
+said so."""
 EXPERT_ID = "llmtrace.moe.expert.id"
 """Logical id of an expert, counted from 0."""
 WORLD_RANK = "llmtrace.rank.world"
@@ -442,7 +444,7 @@ STEPS_DROPPED_METRIC = "llmtrace.step.dropped"
 """Traced steps of a rank whose span was dropped: the plugin's queue was full, or the device never came to the step's
 end."""
 EXPERT_LOAD_METRIC = "llmtrace.moe.expert.load"
-"""Tokens that a rank sent to an expert, over all layers and steps up to its last sampled one."""
+"""Tokens that a rank sent to an expert, over all layers of its sampled steps."""
 
 # otel.yaml
 ERROR_TYPE = "error.type"

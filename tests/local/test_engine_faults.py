@@ -42,7 +42,7 @@ PLACES = {
 DROPS = ("publish", "the metric of drops")
 """Runs once, with the first span of a server."""
 IN_STEPS = (
-    *("_dummy", "_count", "_note_step", "_admitted", "_look"),
+    *("_look", "_dummy", "_count", "_note_step", "_admitted"),
     *("_beginning", "_beginning_dummy", "_ended", "_forward_begins", "routed", "before", "after", "_make"),
 )
 """What runs for the steps of a mixture of experts: in the engine core, and in its worker; of the phases' marks any."""

@@ -204,7 +204,7 @@ def test_the_prompt_tokens_of_a_long_queue_are_estimated_by_its_first_requests()
 
     class Waiting(Request):
         @property
-        def num_prompt_tokens(self) -> int:  # type: ignore[override]
+        def num_prompt_tokens(self) -> int:
             nonlocal read
             read += 1
             return 90 + 20 * (read % 2)
