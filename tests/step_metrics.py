@@ -47,7 +47,7 @@ class Ranks:
         experts = [(experts_ms or {}).get(world, EXPERTS_MS) for world in range(len(self._ranks))]
         for world, (totals, _) in enumerate(self._ranks):
             decoded = (requests or {}).get(world, 1)
-            batch = Batch(self._group, number, traced=True, dummy=not decoded, decode_tokens=decoded)
+            batch = Batch(self._group, number, dummy=not decoded, decode_tokens=decoded)
             waited = max(experts) - experts[world]
             found = Phases(ATTENTION_MS, TRANSFER_MS, experts[world], TRANSFER_MS + waited, 0.0, 0, 1.0)
             lasted = ATTENTION_MS + 2 * TRANSFER_MS + max(experts) + OTHER_MS

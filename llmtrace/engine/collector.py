@@ -21,7 +21,6 @@ from llmtrace.engine.facts import (
     MAX_STEPS,
     Facts,
     Preemption,
-    asks_for_steps,
     is_sampled,
     to_wire,
 )
@@ -69,6 +68,11 @@ class Collector:
             tracked.clear()
         self._loads.clear()
 
+    def clear_steps(self) -> None:
+        """Let go of what steps are traced for."""
+        if self.batches is not None:
+            self.batches.demand.forget()
+
     def waiting_count(self, request: Any) -> int | None:
         """Requests waiting now, before ``request`` joins; None where it is not sampled or is known already."""
         if not is_sampled(request.trace_headers) or request.request_id in self._live:
@@ -113,8 +117,8 @@ class Collector:
             self._note_resumed(tokens, began)
         if self._waiting:
             self._note_new(output, began)
-        if traced:
-            self._note_step(traced)
+        if traced and self.batches is not None:
+            self.batches.guard.run("noting the requests of a step", self._note_step, self.batches, traced)
         if self._prefilling:
             self._note_chunks(tokens, output.total_num_scheduled_tokens, began)
 
@@ -228,8 +232,8 @@ class Collector:
             tracked = self._waiting.pop(new.req_id, None)
             if tracked is not None:
                 self._note_admitted(tracked, began, tokens[new.req_id])
-                if self.batches is not None and asks_for_steps(tracked.request.trace_headers):
-                    self.batches.demand.ask(tracked.request)
+                if self.batches is not None and self.batches.guard.on:
+                    self.batches.demand.admitted(tracked.request)
                 self._prefilling[new.req_id] = tracked
         if self._loads.possible:
             now = time.monotonic()
@@ -271,13 +275,10 @@ class Collector:
 
     def _ask(self, tracked: _Tracked, linked: list[int]) -> None:
         """Have steps traced for a slow request, unless it had as many as it links to."""
-        if self.batches is not None and len(linked) < MAX_STEPS:
+        if self.batches is not None and self.batches.guard.on and len(linked) < MAX_STEPS:
             self.batches.demand.ask(tracked.request)
 
-    def _note_step(self, request_ids: Iterable[str]) -> None:
-        batches = self.batches
-        if batches is None:
-            return
+    def _note_step(self, batches: Batches, request_ids: Iterable[str]) -> None:
         on_demand = batches.on_demand
         for request_id in request_ids:
             tracked = self._live.get(request_id)

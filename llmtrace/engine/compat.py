@@ -156,14 +156,14 @@ HOOKS = (
         "switching on by OTEL_* variables alone; --otlp-traces-endpoint still does",
     ),
     Hook(
-        "engine_add_request",
+        "engine_loop",
         _ENGINE_CORE,
-        "EngineCore",
-        "add_request",
-        ("request",),
-        "Has the engine core before its scheduler has the request, and with it the store that the data-parallel engine "
-        "cores share: there the group of ranks agrees on its name, once, without waiting for anybody.",
-        "steps of all data-parallel ranks in one trace",
+        "DPEngineCoreProc",
+        "run_busy_loop",
+        (),
+        "Called once, when all of an engine core is there and no request yet; only those have it that step together "
+        "with others. They share a store, in which the group of ranks agrees on its name without waiting.",
+        "spans of steps with data parallelism",
     ),
     Hook(
         "engine_dummy_batch",
@@ -172,7 +172,7 @@ HOOKS = (
         "execute_dummy_batch",
         (),
         "A forward pass without requests, because other data-parallel ranks have some. Counted, so that a step has the "
-        "same number on all ranks; only engines of mixture-of-experts models call it. May come before any request.",
+        "same number on all ranks; only engines of mixture-of-experts models call it.",
         "steps with the same number on all ranks",
     ),
     Hook(
@@ -356,14 +356,15 @@ NAMES = (
     Name("vllm.config.parallel", "ParallelConfig", "data_parallel_size", "ranks that step together", True),
     Name("vllm.config.parallel", "ParallelConfig", "data_parallel_rank", "rank among them", True),
     Name("vllm.config.parallel", "ParallelConfig", "enable_expert_parallel", "expert-parallel rank", True),
+    Name("vllm.config.parallel", "ParallelConfig", "use_sequence_parallel_moe", "tokens per expert", True),
     Name("vllm.config.parallel", "ParallelConfig", "all2all_backend", "back end of dispatch and combine", True),
     Name("vllm.config.parallel", "ParallelConfig", "use_ubatching", "micro-batches, whose phases overlap", True),
     Name("vllm.config.scheduler", "SchedulerConfig", "max_num_batched_tokens", "tokens per expert", True),
     Name("vllm.config.compilation", "CompilationConfig", "mode", "which functions torch.compile takes apart", True),
     Name("vllm.config.model", "ModelConfig", "is_moe", "whether steps are traced", True),
     Name(_ENGINE_CORE, "EngineCore", "scheduler", "whose forward pass a dummy one is", True),
-    Name(_ENGINE_CORE, "EngineCore", "model_executor", "dummy steps on demand", True),
-    Name("vllm.v1.executor.abstract", "Executor", "collective_rpc", "dummy steps on demand", True),
+    Name(_ENGINE_CORE, "EngineCore", "model_executor", "dummy steps", True),
+    Name("vllm.v1.executor.abstract", "Executor", "collective_rpc", "dummy steps", True),
     Name(_ENGINE_CORE, "DPEngineCoreProc", "dp_store", "name of the group of ranks, steps on demand of all", True),
     Name("vllm.v1.worker.worker_base", "WorkerWrapperBase", "vllm_config", "whether steps are traced", True),
     Name("vllm.v1.worker.worker_base", "WorkerWrapperBase", "worker", "rank and device", True),

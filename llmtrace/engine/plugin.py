@@ -23,10 +23,14 @@ _ALL_NEEDED = ("add_request", "schedule", "update_from_output", "do_tracing")
 
 
 class Plugin:
-    """The bodies of the hooks. Each runs under the guard, with the wrapped function's own arguments."""
+    """The bodies of the hooks. Each runs under a guard, with the wrapped function's own arguments.
+
+    Steps have a guard of their own: a fault in them takes away no request's spans.
+    """
 
     def __init__(self, guard: Guard | None = None, frontend: Frontend | None = None) -> None:
         self.guard = guard or Guard()
+        self.steps = Guard("spans of steps")
         self.frontend = frontend or Frontend(self.guard)
         self.guard.on_off(self.frontend.clear)
 
@@ -40,7 +44,12 @@ class Plugin:
             "do_tracing": (self._tracing, self._traced),
             "process_outputs": (self._processing, None),
             "create_engine_config": (None, self._configured),
-            "engine_add_request": (self._joining, None),
+        }
+
+    def step_bodies(self) -> dict[str, tuple[Before | None, After | None]]:
+        """The same of the hooks that are there for steps."""
+        return {
+            "engine_loop": (self._joining, None),
             "engine_dummy_batch": (self._dummy, None),
             "init_device": (None, self._device_ready),
         }
@@ -48,11 +57,11 @@ class Plugin:
     def _collector(self, scheduler: Any) -> Collector:
         collector: Collector | None = getattr(scheduler, _COLLECTOR, None)
         if collector is None:
-            collector = Collector(scheduler, _batches(scheduler))
+            batches = self.steps.run("setting up steps", _batches, scheduler, self.steps)
+            collector = Collector(scheduler, batches)
             setattr(scheduler, _COLLECTOR, collector)
-            # Weakly: neither the guard nor this plugin shall keep a scheduler alive.
-            clear = weakref.WeakMethod(collector.clear)
-            self.guard.on_off(lambda: method() if (method := clear()) else None)
+            self.guard.on_off(_weakly(collector.clear))
+            self.steps.on_off(_weakly(collector.clear_steps))
         return collector
 
     def _adding(self, scheduler: Any, request: Any, *_args: Any, **_kwargs: Any) -> int | None:
@@ -111,7 +120,6 @@ class Plugin:
     def _dummy(self, engine: Any, *_args: Any, **_kwargs: Any) -> None:
         batches = self._collector(engine.scheduler).batches
         if batches is not None:
-            batches.join(engine)
             batches.dummy(engine)
 
     def _device_ready(self, _state: None, _result: Any, wrapper: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -121,12 +129,18 @@ class Plugin:
             install_steps(wrapper.worker, wrapper.vllm_config)
 
 
-def _batches(scheduler: Any) -> Any:
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """Neither a guard nor the plugin shall keep a scheduler alive."""
+    reference = weakref.WeakMethod(method)
+    return lambda: found() if (found := reference()) else None
+
+
+def _batches(scheduler: Any, guard: Guard) -> Any:
     if not ids.are_traced(scheduler.vllm_config):
         return None
     from llmtrace.engine.steps.batch import Batches
 
-    return Batches(scheduler)
+    return Batches(scheduler, guard)
 
 
 def install() -> None:
@@ -144,10 +158,12 @@ def install() -> None:
 
 
 def _wrap_all(plugin: Plugin, found: dict[str, Callable[..., object]]) -> None:
-    bodies = plugin.bodies()
+    steps = plugin.step_bodies()
+    bodies = plugin.bodies() | steps
     for hook in HOOKS:
         if hook.name in found:
-            wrap(owner_of(hook), hook.function, plugin.guard, *bodies[hook.name])
+            guard = plugin.steps if hook.name in steps else plugin.guard
+            wrap(owner_of(hook), hook.function, guard, *bodies[hook.name])
 
 
 def report(version: str, moved: list[Moved]) -> None:

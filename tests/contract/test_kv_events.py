@@ -7,23 +7,18 @@ through vLLM's KV cache manager, with duplicates, evictions, resets, salts and a
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm_scripts import HERE, VERSION, needs_vllm, printed
 
 from llmtrace.picker.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Message, block_id, parse
 from llmtrace.picker.kv_index import KVBlockIndex
 from llmtrace.picker.request import token_bytes
-from llmtrace.stack import cache_home
 
-HERE = Path(__file__).parent
-VERSION = "0.32.0"
 RECORDED: dict[str, Any] = json.loads((HERE / "recorded" / f"vllm_kv_cache_{VERSION}.json").read_text())
-VLLM = cache_home() / "vllm" / VERSION / "bin" / "python"
 BLOCK_SIZE: int = RECORDED["block_size"]
 MODEL = "base"
 TOPIC = b"kv@default/vllm-0@base"
@@ -38,19 +33,9 @@ MESSAGES = [found for step in range(len(RECORDED["steps"])) if (found := message
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.skipif(not VLLM.exists(), reason=f"no {VLLM}; `llmtrace up` installs it")
+@needs_vllm
 def test_the_recording_is_what_vllm_does(tmp_path: Path) -> None:
-    done = subprocess.run(
-        ["nice", VLLM, HERE / "vllm_kv_cache.py"],
-        capture_output=True,
-        text=True,
-        timeout=220,
-        check=False,
-        cwd=tmp_path,
-        env={**os.environ, "VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == RECORDED
+    assert printed("vllm_kv_cache.py", tmp_path) == RECORDED
 
 
 def test_the_recording_has_what_it_is_for() -> None:

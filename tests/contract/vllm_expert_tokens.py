@@ -71,4 +71,12 @@ layer((1, 2))
 counts.end()
 taken["what was taken stays"] = held.tolist()
 
+for part in range(2):
+    counts = ExpertTokens(torch, 6, part)
+    layer((9, 9))
+    counts.begin(3)
+    layer(*[((0, 1), (0, 2)), ((0, 3), (3, 3))][part])
+    counts.end()
+    take(f"part {part} of a batch of three tokens and a padded one")
+
 print(json.dumps(taken))

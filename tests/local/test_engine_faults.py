@@ -25,26 +25,27 @@ from llmtrace.semconv import attributes as names
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
 
+BODIES = Plugin().bodies() | Plugin().step_bodies()
 HOOKED = {
-    body.__name__: f"{hook.owner}.{hook.function}"
-    for hook in HOOKS
-    for body in Plugin().bodies()[hook.name]
-    if body is not None
+    body.__name__: f"{hook.owner}.{hook.function}" for hook in HOOKS for body in BODIES[hook.name] if body is not None
 }
 """Every function that a hook runs, and what the log calls its place."""
 AT_START, WITH_A_DEVICE = "_configured", "_device_ready"
 """Run once, when a server starts: in the API server, and in the engine core."""
-OF_RANKS = "_dummy"
-"""Runs where data-parallel ranks wait for each other."""
+OF_RANKS = ("_joining", "_dummy")
+"""Run where data-parallel ranks wait for each other."""
 PLACES = {
-    **{body: place for body, place in HOOKED.items() if body not in (AT_START, WITH_A_DEVICE, OF_RANKS)},
+    **{body: place for body, place in HOOKED.items() if body not in (AT_START, WITH_A_DEVICE, *OF_RANKS)},
     "_seen": "SpanProcessor.on_start",
     "_make": "making spans",
 }
 DROPS = ("publish", "the metric of drops")
 """Runs once, with the first span of a server."""
-IN_STEPS = (OF_RANKS, "_beginning", "_beginning_dummy", "_ended", "_routed", "before", "after", "_make", "_look")
-"""What runs in the steps of a mixture of experts, of the phases' marks any, and beside them."""
+IN_STEPS = (
+    *("_look", "_dummy", "_count", "_note_step", "_admitted"),
+    *("_beginning", "_beginning_dummy", "_ended", "_forward_begins", "routed", "before", "after", "_make"),
+)
+"""What runs for the steps of a mixture of experts: in the engine core, and in its worker; of the phases' marks any."""
 RANKS = 2
 FAULTS = [(*DROPS, "before"), *((*place, moment) for place in PLACES.items() for moment in ("before", "after"))]
 API_SERVER, ENGINE_CORE = "APIServer", "EngineCore"
@@ -154,7 +155,7 @@ def test_fault(faulty: Faulty, function: str, place: str, moment: str) -> None:
     until(lambda: len(faulty.faults()) > known, f"the fault in {function}")
     (line,) = faulty.faults()[known:]
     process = line.removeprefix("(").split()[0]
-    assert process == (ENGINE_CORE if place.startswith(("Scheduler.", "EngineCore.")) else API_SERVER)
+    assert process == (ENGINE_CORE if place.startswith("Scheduler.") else API_SERVER)
     faulty.check_silence(process)
     assert faulty.faults()[known:] == [line]
     assert f"{FAULT}{place} (RuntimeError in faulty, line " in line
@@ -196,7 +197,9 @@ def test_fault_where_the_device_is_ready(receiver: Receiver, tmp_path: Path) -> 
     faulty = Faulty(tmp_path, receiver)
     faulty.order(WITH_A_DEVICE)
     with serving(faulty.server):
-        assert len(faulty.usual) == 4
+        trace_id = new_trace_id()
+        assert len(faulty.answers(trace_id)) == 4
+        assert len(receiver.wait(trace_id, 16)) == 16, "only steps are off"
     (line,) = faulty.faults()
     assert f"{FAULT}{HOOKED[WITH_A_DEVICE]} (RuntimeError in faulty, line " in line
 
@@ -229,7 +232,7 @@ def test_faults_in_the_steps_of_a_mixture_of_experts(receiver: Receiver, tmp_pat
             faulty.order(function)
             ids = ask()
             until(lambda known=known: len(lines()) == known + RANKS, f"a fault in {function} of each rank")
-            if function not in (OF_RANKS, "_make"):  # which are of requests too, by hook and by name
+            if function != "_make":  # which is of requests too, by name
                 assert {len(receiver.wait(trace_id, 4)) for trace_id in ids} == {4}, function
         faulty.order()
         known = len(lines())

@@ -45,14 +45,22 @@ QUIET_S = 1.0
 
 
 class Server(ModelServer):
-    """A mixture of experts on two ranks, each step traced, or one in ``every``, with the extension that tells which
+    """A mixture of experts on ``ranks``, each step traced, or one in ``every``, with the extension that tells which
     experts vLLM chose.
     """
 
     def __init__(
-        self, folder: Path, receiver: Receiver, *arguments: str, kind: str, engines: int, every: int = 1
+        self,
+        folder: Path,
+        receiver: Receiver,
+        *arguments: str,
+        kind: str,
+        engines: int,
+        every: int = 1,
+        ranks: int = RANKS,
     ) -> None:
         self.folder = folder
+        self.ranks = ranks
         self.receiver = receiver
         super().__init__(
             folder,
@@ -83,7 +91,7 @@ class Server(ModelServer):
             found = self.step_traces(after)
             ends = [number(t) for t in found]
             gaps = ends != list(range(after + 1, after + 1 + len(ends)))
-            return None if not found or gaps or any(len(t.spans) < RANKS for t in found) else found
+            return None if not found or gaps or any(len(t.spans) < self.ranks for t in found) else found
 
         last: list[Trace] = []
         while True:
@@ -107,7 +115,7 @@ class Server(ModelServer):
     def window(self) -> list[Trace] | None:
         """All traces of steps, in order, once they are a window's and each has every rank's span."""
         found = self.step_traces()
-        return found if len(found) >= WINDOW and all(len(trace.spans) == RANKS for trace in found) else None
+        return found if len(found) >= WINDOW and all(len(trace.spans) == self.ranks for trace in found) else None
 
     def ask(self, name: str) -> list[str]:
         """Requests at once, each in a trace of its own."""
@@ -162,12 +170,12 @@ def test_steps_of_two_data_parallel_ranks(data_parallel: Server, receiver: Recei
     assert (steps.partial, set(steps.rank.tolist())) == (0, {0, 1})
     assert steps.expert_tokens.tolist() == routed.tolist()
     assert steps.tokens.sum() * LAYERS * CHOICES == routed.sum()
-    check_links(traces, ids, receiver)
+    check_links(traces, ids, receiver, RANKS)
     check_kv_read(traces, ids, receiver)
     assert check([*traces, *map(receiver.trace, ids)]).findings == []
 
 
-def check_links(traces: list[Trace], ids: list[str], receiver: Receiver) -> None:
+def check_links(traces: list[Trace], ids: list[str], receiver: Receiver, ranks: int) -> None:
     """Each request links to the steps that ran it, and they to its caller."""
     known = {trace.trace_id: trace for trace in traces}
     assert {i for trace in traces for span in trace.spans for i in linked(span)} == set(ids)
@@ -181,7 +189,7 @@ def check_links(traces: list[Trace], ids: list[str], receiver: Receiver) -> None
             step = next(span for span in known[link.trace_id].spans if span.span_id == link.span_id)
             assert step.attributes[a.DP_RANK] == prefill.attributes[a.DP_RANK]
             assert trace_id in linked(step)
-            assert len(known[link.trace_id].spans) == RANKS
+            assert len(known[link.trace_id].spans) == ranks
 
 
 def check_kv_read(traces: list[Trace], ids: list[str], receiver: Receiver) -> None:
@@ -224,7 +232,7 @@ def test_a_skewed_router_of_two_tensor_parallel_ranks(receiver: Receiver, tmp_pa
             ids = server.ask("skew")
             traces = server.settled(before)
             routed = server.routed(0) - already  # both ranks route the same tokens
-            check_links(traces, ids, own)
+            check_links(traces, ids, own, RANKS)
     assert [fault for trace in traces for fault in step_faults(trace)] == []
     steps = read_steps(traces)
     assert steps.expert_tokens.tolist() == routed.tolist()
@@ -234,6 +242,31 @@ def test_a_skewed_router_of_two_tensor_parallel_ranks(receiver: Receiver, tmp_pa
     assert sum(load.shares[:4]) == 1.0
     assert load.shares[:4] == [routed[expert] / routed.sum() for expert in load.top[:4]]
     assert all(steps.phases[:, 3] > 0), "the all-reduce after a layer is combine"
+
+
+def test_data_and_tensor_parallel_ranks_together(tmp_path: Path) -> None:
+    """Each of the two tensor-parallel ranks of an engine routes half of its tokens."""
+    ranks = 2 * RANKS
+    with receiving() as own:
+        arguments = ("--tensor-parallel-size", str(RANKS), "--distributed-executor-backend", "mp")
+        server = Server(tmp_path, own, *arguments, kind="moe", engines=RANKS, ranks=ranks)
+        with serving(server):
+            before = number(server.settled(0)[-1])
+            already = server.routed(*range(ranks))
+            ids = server.ask("all")
+            traces = server.settled(before)
+            routed = server.routed(*range(ranks)) - already
+            check_links(traces, ids, own, ranks)
+    assert [fault for trace in traces for fault in step_faults(trace)] == []
+    steps = read_steps(traces)
+    assert (steps.partial, set(steps.rank.tolist())) == (0, {*range(ranks)})
+    places = {(s.attributes[a.WORLD_RANK], s.attributes[a.DP_RANK], s.attributes[a.TP_RANK]) for s in traces[0].spans}
+    assert places == {(0, 0, 0), (1, 0, 1), (2, 1, 0), (3, 1, 1)}
+    assert (steps.expert_tokens <= routed).all(), "vLLM's capture has what a part was padded with, too"
+    engines = [span.attributes for trace in traces for span in trace.spans if span.attributes[a.TP_RANK] == 0]
+    tokens = sum(int(each[a.STEP_PREFILL_TOKENS]) + int(each[a.STEP_DECODE_TOKENS]) for each in engines)  # type: ignore[arg-type]
+    assert steps.expert_tokens.sum() == tokens * LAYERS * CHOICES
+    assert check([*traces, *map(own.trace, ids)]).findings == []
 
 
 def test_all_steps_of_a_slow_request_are_traced_on_both_data_parallel_ranks(tmp_path: Path) -> None:

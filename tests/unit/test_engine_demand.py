@@ -14,15 +14,27 @@ import pytest
 from engine_fakes import SAMPLED, Output, Outputs, Request, Status, Step, Store
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine_steps import RANK, Clock, World, moe_config, moe_scheduler, record_of, scheduled, sender, spans_of
+from test_engine_steps import (
+    RANK,
+    Clock,
+    World,
+    batch_of,
+    moe_config,
+    moe_scheduler,
+    record_of,
+    scheduled,
+    sender,
+    spans_of,
+)
 
 from llmtrace.engine.collector import Collector
 from llmtrace.engine.facts import MAX_STEPS, asks_for_steps, from_wire, to_wire
+from llmtrace.engine.hooks import Guard
 from llmtrace.engine.plugin import Plugin
 from llmtrace.engine.spans import phases as request_phases
 from llmtrace.engine.steps import demand as module
 from llmtrace.engine.steps import ids
-from llmtrace.engine.steps.batch import ATTRIBUTE, Batch, Batches, batch_of
+from llmtrace.engine.steps.batch import ATTRIBUTE, Batch, Batches
 from llmtrace.engine.steps.demand import (
     AHEAD_TICKS,
     BUDGET_VARIABLE,
@@ -43,7 +55,6 @@ EVERY = 1000
 
 @pytest.fixture(autouse=True)
 def _nothing_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ids.GROUP_VARIABLE, "")
     monkeypatch.setattr(heard, "group", "")
     monkeypatch.setattr(heard, "window", NONE)
 
@@ -231,6 +242,35 @@ def test_the_budget_bounds_the_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert opened == [0, 30, 60, 90]
 
 
+def test_with_one_engine_a_request_asks_until_the_budget_allows_it_or_it_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    slow, later, over = (Request(name, num_prompt_tokens=10) for name in ("slow", "later", "over"))
+    batches, _ = one_engine(slow, later, over, **{BUDGET_VARIABLE: str(2 * WINDOW)})
+    told = []
+
+    def step_at(seconds: float) -> None:
+        now[0] = 1000.0 + seconds
+        step = scheduled(batches, {"later": 1})
+        told.append(batch_of(step) is not None)
+
+    batches.demand.ask(slow)
+    for _ in range(WINDOW):
+        step_at(1.0)
+    batches.demand.ask(later)
+    assert batches.demand.pending
+    step_at(29.0)
+    step_at(31.0)
+    assert told == [True] * WINDOW + [False, True]
+    assert (batches.window, batches.demand.pending) == (range(WINDOW + 2, 2 * WINDOW + 2), False)
+    batches.demand.ask(over)
+    over.status = Status.FINISHED_STOPPED
+    step_at(90.0)
+    assert (batches.window.start, batches.demand.pending) == (WINDOW + 2, False)
+
+
 def test_windows_do_not_overlap() -> None:
     steps = Steps()
     wanted = demand_of(steps, budget=str(10**15))
@@ -344,15 +384,6 @@ def test_ranks_that_learn_too_late_leave_the_window_and_say_so(monkeypatch: pyte
     assert said == ["llmtrace: steps 90 to 153 lack ranks of this engine, which learnt too late"]
 
 
-def test_without_a_store_several_engines_agree_on_nothing() -> None:
-    threads = threading.active_count()
-    steps = Steps()
-    wanted = demand_of(steps, 2)
-    wanted.join(None)
-    wanted.ask(Request("a"))
-    assert (threading.active_count(), steps.window) == (threads, NONE)
-
-
 def test_the_thread_keeps_no_engine_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TICK_S", 0.002)
     steps = Steps()
@@ -376,8 +407,7 @@ def test_the_thread_keeps_no_engine_alive(monkeypatch: pytest.MonkeyPatch) -> No
 def one_engine(*requests: Request, every: int = EVERY, **more: str) -> tuple[Batches, Collector]:
     scheduler = moe_scheduler(**{request.request_id: request for request in requests})
     scheduler.vllm_config = moe_config(data_parallel_size=1, data_parallel_rank=0)
-    batches = Batches(scheduler, {ids.EVERY_VARIABLE: str(every), **more})
-    batches.join(SimpleNamespace())
+    batches = Batches(scheduler, Guard(), {ids.EVERY_VARIABLE: str(every), **more})
     collector = Collector(scheduler, batches)
     for request in requests:
         collector.added(request, 0)
@@ -412,8 +442,8 @@ def test_a_late_token_opens_a_window_of_which_every_step_is_told() -> None:
         other.num_computed_tokens += 1
         collector.scheduled(step, 13.0)
         told.append(batch_of(step))
-    assert [b.number for b in told if b and b.traced] == [*range(2, 2 + WINDOW)]
-    assert all(b.on_demand and b.decode_requests == 2 for b in told if b and b.traced)
+    assert [b.number for b in told if b] == [*range(2, 2 + WINDOW)]
+    assert all(b.on_demand and b.decode_requests == 2 for b in told if b)
     for request_id in ("slow", "other"):
         facts = collector._live[request_id].facts
         assert (facts.decode_steps, facts.decode_on_demand) == ([], [*range(2, 2 + WINDOW)])
@@ -458,8 +488,7 @@ def test_requests_that_are_not_sampled_open_nothing() -> None:
     plain = Request("plain", {"traceparent": SAMPLED[:-1] + "0", "tracestate": "llmtrace=steps"})
     scheduler = moe_scheduler(plain=plain)
     scheduler.vllm_config = moe_config(data_parallel_size=1)
-    batches = Batches(scheduler, {ids.EVERY_VARIABLE: str(EVERY)})
-    batches.join(SimpleNamespace())
+    batches = Batches(scheduler, Guard(), {ids.EVERY_VARIABLE: str(EVERY)})
     collector = Collector(scheduler, batches)
     collector.added(plain, collector.waiting_count(plain))
     collector.scheduled(Step({"plain": 300}, [SimpleNamespace(req_id="plain")]), 1.0)
@@ -511,7 +540,7 @@ def test_a_step_of_the_sample_is_one_in_a_window_too() -> None:
 
 def test_workers_are_told_of_the_window_before_a_pass_without_requests_and_once() -> None:
     scheduler = moe_scheduler()
-    batches = Batches(scheduler, {ids.EVERY_VARIABLE: str(EVERY)})
+    batches = Batches(scheduler, Guard(), {ids.EVERY_VARIABLE: str(EVERY)})
     calls: list[tuple[Any, ...]] = []
 
     def collective_rpc(method: Any, args: tuple[Any, ...]) -> None:
@@ -562,18 +591,18 @@ def test_a_worker_in_a_process_of_its_own_hears_the_groups_name_too() -> None:
 def test_a_step_on_demand_tells_no_experts_and_says_why_it_is_there() -> None:
     world = World(every="4")
     output = SimpleNamespace(total_num_scheduled_tokens=4)
-    batch = Batch("g", 5, traced=True, on_demand=True)
-    setattr(output, ATTRIBUTE, ("g", 5, True, False, 0, 0, 0, 0, 0, None, (), 0, None, True))
+    batch = Batch("g", 5, on_demand=True)
+    setattr(output, ATTRIBUTE, ("g", 5, False, 0, 0, 0, 0, 0, None, (), 0, None, True))
     world.worker.execute_model(output)
     (record,) = world.sent
-    assert (record.batch, record.expert_tokens) == (batch, None)
+    assert (record.batch, record.expert_tokens, world.counts.begun) == (batch, None, [])
 
 
 @pytest.mark.parametrize(("on_demand", "reason", "counted"), [(False, "sampled", 1), (True, "on_demand", 0)])
 def test_the_sums_are_of_the_sample(on_demand: bool, reason: str, counted: int) -> None:
     each, exporter = sender(Clock(), RANK)
     record = record_of(5)
-    record.batch = Batch("g", 5, traced=True, on_demand=on_demand)
+    record.batch = Batch("g", 5, on_demand=on_demand)
     each.send(record)
     (span,) = spans_of(exporter, 1)
     each.flush()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from types import SimpleNamespace
 from typing import NoReturn
 
@@ -12,13 +11,13 @@ from opentelemetry import metrics
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from test_engine_steps import RANK, moe_config, record_of, sender, spans_of
+from test_engine_steps import RANK, moe_config, record_of, sender, spans_of, until
 
 from llmtrace.engine.hooks import Guard
 from llmtrace.engine.steps import worker
 from llmtrace.engine.steps.batch import Batch
 from llmtrace.engine.steps.clocks import CudaClock, HostClock
-from llmtrace.engine.steps.recorder import COMBINE, DISPATCH, EXPERTS, WAIT, Recorder, phases
+from llmtrace.engine.steps.recorder import COMBINE, DISPATCH, EXPERTS, WAIT, Record, Recorder, phases
 from llmtrace.semconv import attributes as names
 
 
@@ -44,7 +43,7 @@ class CudaEvent:
     def __init__(self, cuda: Cuda) -> None:
         self.cuda = cuda
         self.at_ms: float | None = None
-        self.read = 0
+        self.looks = self.read = 0
 
     def record(self) -> None:
         assert self.at_ms is None, "each moment has an event of its own"
@@ -52,6 +51,7 @@ class CudaEvent:
 
     def query(self) -> bool:
         assert self.at_ms is not None
+        self.looks += 1
         return self.at_ms <= self.cuda.done_ms
 
     def elapsed_time(self, end: CudaEvent) -> float:
@@ -73,8 +73,9 @@ def cuda() -> Cuda:
     return Cuda()
 
 
-def a_step(cuda: Cuda, recorder: Recorder) -> None:
+def a_step(cuda: Cuda, clock: CudaClock) -> Record:
     """Launches a forward pass of two layers, of which the device does nothing yet."""
+    recorder = Recorder(clock)
 
     def phase(name: str, ms: float) -> None:
         recorder.enter()
@@ -82,7 +83,7 @@ def a_step(cuda: Cuda, recorder: Recorder) -> None:
         recorder.leave(name)
 
     cuda.launched_ms += 100.0  # of the step before
-    recorder.begin(Batch("g", 7, traced=True))
+    recorder.begin(Batch("g", 7))
     cuda.launched_ms += 2.0
     phase(WAIT, 0.5)
     recorder.forward_begins(4)
@@ -92,14 +93,14 @@ def a_step(cuda: Cuda, recorder: Recorder) -> None:
         phase(EXPERTS, experts_ms)
         phase(COMBINE, 0.25)
     recorder.forward_ends()
+    record = recorder.end()
+    assert record is not None
+    return record
 
 
 def test_marks_are_events_that_are_read_when_the_device_has_passed_them(cuda: Cuda) -> None:
     clock = CudaClock(cuda)
-    recorder = Recorder(clock)
-    a_step(cuda, recorder)
-    record = recorder.end()
-    assert record is not None
+    record = a_step(cuda, clock)
     assert len(cuda.events) == 4 + 2 * 7, "two for the step, two for the forward, two for each phase"
     assert (clock.passed(record.begin), clock.passed(record.end)) == (False, False)
     cuda.done_ms = 100.0
@@ -116,13 +117,10 @@ def test_marks_are_events_that_are_read_when_the_device_has_passed_them(cuda: Cu
 
 def test_the_span_of_a_step_has_the_device_s_times(cuda: Cuda) -> None:
     clock = CudaClock(cuda)
-    recorder = Recorder(clock)
-    a_step(cuda, recorder)
-    record = recorder.end()
-    assert record is not None
+    record = a_step(cuda, clock)
     each, exporter = sender(clock, RANK)  # type: ignore[arg-type]
     each.send(record)
-    time.sleep(0.15)
+    until(lambda: record.end.looks > 1)
     assert exporter.get_finished_spans() == ()
     cuda.done_ms = cuda.launched_ms
     (span,) = spans_of(exporter, 1)

@@ -1,8 +1,9 @@
 """Steps on demand: a traced request has become slow, and a window of steps without gaps is traced on all ranks.
 
-The engine core's loop only asks, and looks at the window. With one engine the window begins at the next step. Several
-engines have to mean the same steps, which they cannot say to each other in their loops: a thread of each looks into the
-store that they share (:class:`Agreement`), and puts down a window when all have promised it.
+The engine core's loop only asks, and looks at the window. With one engine the window begins at the next step, or as
+soon as the budget allows it. Several engines have to mean the same steps, which they cannot say to each other in their
+loops: a thread of each looks into the store that they share (:class:`Agreement`), and puts down a window when all have
+promised it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from llmtrace.engine.facts import MAX_STEPS
+from llmtrace.engine.facts import MAX_STEPS, asks_for_steps
 from llmtrace.engine.hooks import Guard, logger
 from llmtrace.engine.steps.ids import number_of
 
@@ -53,7 +54,7 @@ class Demand:
         self._steps = steps
         self._engines = engines
         self._guard = Guard("steps on demand")
-        self._guard.on_off(self._forget)
+        self._guard.on_off(self.forget)
         slow = number_of(environment, SLOW_VARIABLE, SLOW_DEFAULT)
         budget = number_of(environment, BUDGET_VARIABLE, BUDGET_DEFAULT)
         self.on = slow > 0 and budget > 0
@@ -64,28 +65,46 @@ class Demand:
         """When the budget allows the next window (monotonic s)."""
         self._asking: Any = None
         """A slow request for which there was no window yet."""
+        self.pending = False
+        """With one engine: there is such a request, so each step has to :meth:`decide`."""
         self._told = NONE
         """The window of which the workers know."""
         self._store: Any = None
         self._agreement: Agreement | None = None
 
-    def join(self, store: Any | None) -> None:
+    def join(self, store: Any) -> None:
         """Agree with the other engines from now on; ``store`` is torch's, which they share."""
-        if self.on and self._engines > 1 and store is not None:
+        if self.on:
             self._store = store
             threading.Thread(
                 target=_watch, args=(weakref.ref(self),), name="llmtrace-steps-on-demand", daemon=True
             ).start()
 
+    def admitted(self, request: Any) -> None:
+        """``request`` has its first step; its caller may want the next ones traced."""
+        if self.on and self._guard.on:
+            self._guard.run("reading what a caller wants", self._admitted, request)
+
+    def _admitted(self, request: Any) -> None:
+        if asks_for_steps(request.trace_headers):
+            self.ask(request)
+
     def ask(self, request: Any) -> None:
-        """``request`` is slow. Returns at once."""
-        if not self.on or not self._guard.on:
-            return
-        if self._engines > 1:
+        """``request`` is slow, and asks until it has a window or is over. Returns at once."""
+        if self.on and self._guard.on:
             self._asking = request
-        elif self._is_free(self._steps.number):
-            first = self._steps.number + 1
-            self._open(range(first, first + WINDOW))
+            if self._engines == 1:
+                self.decide()
+
+    def decide(self) -> None:
+        """With one engine: open a window at the next step, if somebody asks for one and the budget allows it."""
+        self._guard.run("opening a window of steps", self._decide)
+
+    def _decide(self) -> None:
+        number = self._steps.number
+        if self._wants(number):
+            self._open(range(number + 1, number + 1 + WINDOW))
+        self.pending = self._asking is not None
 
     def tell(self, engine: Any) -> None:
         """Workers decide by themselves on passes without requests: let those of ``engine`` know of the window, once."""
@@ -109,7 +128,6 @@ class Demand:
         if window is None:
             return
         self._open(window)
-        self._asking = None
         if self._steps.number >= window.start:
             self._steps.window = NONE
             logger.warning("llmtrace: %s lack ranks of this engine, which learnt too late", _named(window))
@@ -126,9 +144,12 @@ class Demand:
     def _open(self, window: range) -> None:
         self._steps.window = window
         self._free_at = time.monotonic() + self._pause_s
-
-    def _forget(self) -> None:
         self._asking = None
+
+    def forget(self) -> None:
+        """Let go of whoever asks, and of the window."""
+        self._asking = None
+        self.pending = False
         self._steps.window = NONE
 
 
@@ -251,5 +272,5 @@ heard = _Heard()
 
 
 def hear(_worker: Any, group: str, start: int, stop: int) -> None:
-    """Runs in each worker's process, called by the engine core before a pass without requests."""
+    """Runs in each worker's process, called by the engine core: before its loop, and in a window without requests."""
     heard.group, heard.window = group, range(start, stop)

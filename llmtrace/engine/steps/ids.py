@@ -1,7 +1,7 @@
 """What a step is called: all of it follows from the group, the step's number and the rank.
 
 The group is chosen once per start of the ranks that step together. With data parallelism its name is agreed on through
-the store that vLLM's engine cores already share; the engine core's environment takes it to the workers.
+the store that vLLM's engine cores already share.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from typing import Any
 
-GROUP_VARIABLE = "LLMTRACE_STEP_GROUP"
-"""Set here for a worker in the engine core's own process, never by people."""
 EVERY_VARIABLE = "LLMTRACE_STEP_EVERY"
 """Steps of which one is traced; 0 switches the feature off. The same on all ranks."""
 EVERY_DEFAULT = 64
@@ -49,17 +47,18 @@ def are_traced(config: Any, environment: Mapping[str, str] = os.environ) -> bool
     return wanted and every(environment) > 0
 
 
-def agree(store: Any | None, environment: MutableMapping[str, str] = os.environ) -> str:
-    """The group's name, left in the environment too; ``store`` is torch's, which engine cores share, if there is one.
+def new_name() -> str:
+    """For a group."""
+    return secrets.token_hex(8)
+
+
+def agree(store: Any) -> str:
+    """The group's name; ``store`` is torch's, which engine cores share.
 
     Waits for no other rank: the first to ask names the group.
     """
-    name = secrets.token_hex(8)
-    if store is not None:
-        agreed = store.compare_set(_STORE_KEY, "", name)
-        name = agreed.decode() if isinstance(agreed, bytes) else str(agreed)
-    environment[GROUP_VARIABLE] = name
-    return name
+    agreed = store.compare_set(_STORE_KEY, "", new_name())
+    return agreed.decode() if isinstance(agreed, bytes) else str(agreed)
 
 
 def trace_id(group: str, number: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import importlib
 import queue
@@ -11,6 +10,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 from typing import Any
 
 from opentelemetry.context import Context
@@ -35,6 +35,7 @@ QUEUE_SIZE = 1024
 PAUSE_S = 0.1
 """Between two looks at marks that have not come."""
 FLUSH_S = 2.0
+"""That a process waits at its end for the spans of its last steps."""
 MARKS_S = 30.0
 """After which a step whose marks have not come is given up."""
 NODE_VARIABLES = ("LLMTRACE_NODE", "K8S_NODE_NAME", "NODE_NAME")
@@ -101,7 +102,7 @@ class Sender:
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="llmtrace-engine-steps", daemon=True)
             self._thread.start()
-            atexit.register(self.flush)
+            Finalize(None, self.flush, exitpriority=0)  # atexit does not run in the forked processes of vLLM
         try:
             self._records.put_nowait(record)
         except queue.Full:
@@ -109,19 +110,19 @@ class Sender:
                 logger.warning("llmtrace: spans of some steps are dropped: their queue is full")
             self.dropped += 1
 
-    def flush(self, timeout_s: float = FLUSH_S) -> None:
-        """Export what is queued; called at exit."""
-        thread = self._thread
-        if thread is not None and thread.is_alive():
+    def flush(self) -> None:
+        """Export what is queued, within FLUSH_S; called once, at the end of the process."""
+        if self._thread is not None:
+            deadline = time.monotonic() + FLUSH_S
             with contextlib.suppress(queue.Full):
-                self._records.put(None, timeout=timeout_s)
-                thread.join(timeout_s)
-        self._provider.force_flush(round(timeout_s * 1000))
+                self._records.put(None, timeout=FLUSH_S)
+                self._thread.join(max(deadline - time.monotonic(), 0.0))
 
     def _work(self) -> None:
         while (record := self._records.get()) is not None:
             if self._guard.on:
                 self._guard.run("making spans of steps", self._make, record)
+        self._provider.force_flush()
 
     def _make(self, record: Record) -> None:
         deadline = time.monotonic() + MARKS_S

@@ -6,19 +6,20 @@ import importlib
 import os
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 from llmtrace.engine.compat import STEP_HOOKS, check, owner_of
 from llmtrace.engine.drops import publish_steps
-from llmtrace.engine.hooks import After, Before, Guard, logger, wrap
+from llmtrace.engine.hooks import After, Before, Guard, Switch, logger, wrap
 from llmtrace.engine.meters import meter
-from llmtrace.engine.steps.batch import Batch, batch_of, first_rank
+from llmtrace.engine.steps.batch import ATTRIBUTE, Batch, first_rank
 from llmtrace.engine.steps.clocks import Clock, CudaClock, HostClock
 from llmtrace.engine.steps.demand import heard
 from llmtrace.engine.steps.experts import ExpertTokens
-from llmtrace.engine.steps.ids import GROUP_VARIABLE, every, experts_every
+from llmtrace.engine.steps.ids import every, experts_every
 from llmtrace.engine.steps.recorder import COMBINE, DISPATCH, EXPERTS, WAIT, Recorder
 from llmtrace.engine.steps.sender import Rank, Sender, exporter, node_name
 from llmtrace.engine.steps.totals import Totals
@@ -30,29 +31,38 @@ EAGER_ONLY = ("reduce_final_output", "all_reduce")
 
 
 class StepWorker:
-    """One worker's steps. Its bodies run under the guard, with the wrapped function's own arguments."""
+    """One worker's steps. Its bodies run under ``guard``, with the wrapped function's own arguments."""
 
-    def __init__(self, recorder: Recorder, sender: Sender, expert_tokens: ExpertTokens | None) -> None:
+    def __init__(self, recorder: Recorder, sender: Sender, expert_tokens: ExpertTokens | None, guard: Guard) -> None:
         self.recorder = recorder
+        self.expert_tokens = expert_tokens
         self._sender = sender
-        self._expert_tokens = expert_tokens
-        environment = os.environ
-        self._every = every(environment)
-        self._experts_every = experts_every(environment)
-        self._environment = environment
+        self._guard = guard
+        self._guard.on_off(self._forget)
+        self._every = every(os.environ)
+        self._experts_every = experts_every(os.environ)
         self._group = ""
         self._number = 0
-        self._heard = heard
-        self._watched: Any = None
+        self._is_told = True
+        """Whether the engine core still says the number of each step."""
+        self._watching: list[Any] = []
+        """Handles of torch's hooks on the model."""
 
     def step_bodies(self) -> Bodies:
         """Of the hooks that run in every step, and between steps."""
         return {
             "execute_model": (self._beginning, self._ended),
             "execute_dummy_batch": (self._beginning_dummy, self._ended),
-            "eplb_mapping": (self._routed, None),
             "rearrange": (self._rearranging, self._rearranged),
         }
+
+    def expert_bodies(self, counts: ExpertTokens) -> Bodies:
+        """Of the hook that runs while ``counts`` is on."""
+
+        def routed(router: Any, topk_ids: Any, *_args: Any, **_kwargs: Any) -> None:
+            counts.count(topk_ids, _logical_experts(router))
+
+        return {"eplb_mapping": (routed, None)}
 
     def phase_bodies(self) -> Bodies:
         """Of the hooks that run only while a traced step is recorded."""
@@ -78,61 +88,68 @@ class StepWorker:
         return before, after
 
     def _beginning(self, worker: Any, scheduler_output: Any, *_args: Any, **_kwargs: Any) -> None:
-        batch = batch_of(scheduler_output)
-        self.recorder.drop()
-        if batch is None:
+        told: tuple[Any, ...] | None = getattr(scheduler_output, ATTRIBUTE, None)
+        if told is None:
+            # vLLM's warm-up, or no forward pass; or the engine core's part of steps was switched off.
+            self._is_told = not self._group or not scheduler_output.total_num_scheduled_tokens
+            if self.recorder.on:
+                self._forget()
             return
-        self._group, self._number = batch.group, batch.number
-        if self._expert_tokens is not None:
-            self._expert_tokens.begin(scheduler_output.total_num_scheduled_tokens)
-        if batch.traced:
-            self._begin(worker, batch)
+        self._is_told = True
+        self._group, self._number = told[:2]
+        self._forget()
+        if len(told) > 2:
+            self._begin(worker, Batch(*told))
 
     def _beginning_dummy(self, worker: Any, *_args: Any, **_kwargs: Any) -> None:
         self._number += 1
-        self.recorder.drop()
-        self._group = self._group or self._heard.group or self._environment.get(GROUP_VARIABLE, "")
+        self._forget()
+        self._group = self._group or heard.group
         on_demand = self._number % self._every != 0
-        if self._group and (not on_demand or self._number in self._heard.window):
-            self._begin(worker, Batch(self._group, self._number, traced=True, dummy=True, on_demand=on_demand))
+        if self._group and self._is_told and (not on_demand or self._number in heard.window):
+            self._begin(worker, Batch(self._group, self._number, dummy=True, on_demand=on_demand))
 
     def _begin(self, worker: Any, batch: Batch) -> None:
-        self._watch(worker)
+        if self.expert_tokens is not None and batch.tokens and not batch.on_demand:
+            self.expert_tokens.begin(batch.tokens)
+        self._watch(worker.get_model())
         self.recorder.begin(batch)
 
     def _ended(self, _state: None, _result: Any, _worker: Any, *_args: Any, **_kwargs: Any) -> None:
-        if self._expert_tokens is not None:
-            self._expert_tokens.end()
         if not self.recorder.on:
             return
-        counts = self._expert_tokens
+        counts = self.expert_tokens
         taken = None if counts is None or self._number % self._experts_every else counts.take()
         record = self.recorder.end()
+        self._forget()
         if record is not None:
             record.expert_tokens = taken
             self._sender.send(record)
 
-    def _watch(self, worker: Any) -> None:
-        """See the model's forward, by torch's own hooks."""
-        model = worker.get_model()
-        if model is self._watched or not hasattr(model, "register_forward_pre_hook"):
-            return
-        self._watched = model
-        model.register_forward_pre_hook(self._forward_begins, with_kwargs=True)
-        model.register_forward_hook(self._forward_ends)
+    def _forget(self) -> None:
+        """Leave nothing of the step before, in which vLLM may have failed."""
+        self.recorder.drop()
+        if self.expert_tokens is not None and self.expert_tokens.on:
+            self.expert_tokens.end()
+        while self._watching:
+            self._watching.pop().remove()
+
+    def _watch(self, model: Any) -> None:
+        """See the model's forward in this step, by torch's own hooks; without them, its other calls are faster."""
+        if hasattr(model, "register_forward_pre_hook"):
+            begins = partial(self._guard.run, "forward", self._forward_begins)
+            ends = partial(self._guard.run, "forward", self._forward_ends)
+            self._watching = [
+                model.register_forward_pre_hook(begins, with_kwargs=True),
+                model.register_forward_hook(ends),
+            ]
 
     def _forward_begins(self, _model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self.recorder.on:
-            positions = kwargs.get("positions", args[1] if len(args) > 1 else None)
-            self.recorder.forward_begins(None if positions is None else int(positions.shape[-1]))
+        positions = kwargs.get("positions", args[1] if len(args) > 1 else None)
+        self.recorder.forward_begins(None if positions is None else int(positions.shape[-1]))
 
     def _forward_ends(self, *_args: Any) -> None:
-        if self.recorder.on:
-            self.recorder.forward_ends()
-
-    def _routed(self, router: Any, topk_ids: Any, *_args: Any, **_kwargs: Any) -> None:
-        if self._expert_tokens is not None:
-            self._expert_tokens.count(topk_ids, _logical_experts(router))
+        self.recorder.forward_ends()
 
     def _rearranging(self, _state: Any, is_profile: bool = False, *_args: Any, **_kwargs: Any) -> int | None:
         return None if is_profile else time.perf_counter_ns()
@@ -152,7 +169,7 @@ def install_steps(worker: Any, config: Any) -> None:
 
     They have a guard of their own: a fault in them takes away no request's spans.
     """
-    guard = Guard()
+    guard = Guard("spans of steps")
     steps = step_worker(worker, config, guard)
     if steps is None:
         return
@@ -160,14 +177,14 @@ def install_steps(worker: Any, config: Any) -> None:
     found, moved = check(tuple(hooks))
     if moved:
         logger.warning("llmtrace: steps lack: %s", "; ".join(sorted({hook.entry.path for hook in moved})))
-    every_step, in_traced = steps.step_bodies(), steps.phase_bodies()
-    for hook in hooks:
-        if hook.name not in found:
-            continue
-        if hook.name in every_step:
-            wrap(owner_of(hook), hook.function, guard, *every_step[hook.name])
-        else:
-            wrap(owner_of(hook), hook.function, guard, *in_traced[hook.name], switch=steps.recorder)
+    counts = steps.expert_tokens
+    parts: list[tuple[Bodies, Switch | None]] = [(steps.step_bodies(), None), (steps.phase_bodies(), steps.recorder)]
+    if counts is not None:
+        parts.append((steps.expert_bodies(counts), counts))
+    for bodies, switch in parts:
+        for hook in hooks:
+            if hook.name in found and hook.name in bodies:
+                wrap(owner_of(hook), hook.function, guard, *bodies[hook.name], switch=switch)
 
 
 def step_worker(worker: Any, config: Any, guard: Guard) -> StepWorker | None:
@@ -185,11 +202,18 @@ def step_worker(worker: Any, config: Any, guard: Guard) -> StepWorker | None:
     sender = Sender(guard, clock, rank, BatchSpanProcessor(exporter(endpoint, os.environ)), totals)
     place = {names.WORLD_RANK: rank.world, names.NODE: rank.node}
     guard.run("the metric of drops", publish_steps, lambda: sender.dropped, place)
-    # Tensor-parallel ranks route the same tokens.
-    told = rank.tp == 0 and experts_every(os.environ) > 0
-    counts = ExpertTokens(torch, config.scheduler_config.max_num_batched_tokens) if told else None
+    counts = expert_tokens(torch, rank, config) if experts_every(os.environ) > 0 else None
     logger.info("llmtrace: 1 in %d steps of rank %d of %d is traced", every(os.environ), rank.world, rank.ranks)
-    return StepWorker(Recorder(clock), sender, counts)
+    return StepWorker(Recorder(clock), sender, counts, guard)
+
+
+def expert_tokens(torch: Any, rank: Rank, config: Any) -> ExpertTokens | None:
+    """Of the tokens that a rank routes: tensor-parallel ranks route the same ones, or each a part of the batch."""
+    most: int = config.scheduler_config.max_num_batched_tokens
+    if getattr(config.parallel_config, "use_sequence_parallel_moe", False):
+        # The batch is padded so that all parts are of one size.
+        return ExpertTokens(torch, most + config.parallel_config.tensor_parallel_size - 1, rank.tp)
+    return ExpertTokens(torch, most) if rank.tp == 0 else None
 
 
 def rank_of(worker: Any, parallel: Any, environment: Mapping[str, str]) -> Rank:

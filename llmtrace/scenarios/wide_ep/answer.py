@@ -56,6 +56,10 @@ class StepsAnswer(BaseModel):
         """Those of PARTS that are worth showing: ``unknown``, the last one, only where there is such a step."""
         return PARTS if self.unknown else PARTS[:-1]
 
+    def shown(self, ms: list[float]) -> list[float]:
+        """Of times by part of PARTS, those of :attr:`parts`."""
+        return ms[: len(self.parts)]
+
 
 class WideEpAnswer(BaseModel):
     """The scenario's answer."""

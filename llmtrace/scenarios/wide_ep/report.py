@@ -19,7 +19,7 @@ WIDTH, HEIGHT = 520, 420
 def wide_ep_html(found: WideEpAnswer) -> str:
     """The whole report: verdict, heat maps, tables, checks."""
     steps = found.steps
-    maps: list[alt.Chart] = [_phases(steps.by_rank, steps.parts)]
+    maps: list[alt.Chart] = [_phases(steps)]
     if any(map(any, steps.sent)):
         maps.append(_experts(steps))
     parts = [
@@ -29,9 +29,9 @@ def wide_ep_html(found: WideEpAnswer) -> str:
         *([f"<p>{steps.unknown} of {steps.steps} steps do not say their phases.</p>"] if steps.unknown else []),
         plots(alt.hconcat(*maps, spacing=40).resolve_scale(color="independent")),
         "<h2>Time by rank, mean milliseconds per step</h2>",
-        _shares("rank", steps.by_rank, steps.parts),
+        _shares("rank", steps.by_rank, steps),
         "<h2>Time by node</h2>",
-        _shares("node", steps.by_node, steps.parts),
+        _shares("node", steps.by_node, steps),
         "<h2>Ranks that came last</h2>",
         table(
             ["rank", "node", "pod", "steps", "share", "the others waited, ms", "in all, ms", "slower in"],
@@ -55,7 +55,7 @@ def wide_ep_html(found: WideEpAnswer) -> str:
                 (
                     *(r.trace_id, r.tenant, str(r.rank), str(r.prefill_steps + r.decode_steps)),
                     *(str(r.on_demand), f"{r.step_ms:.1f}"),
-                    *(f"{ms:.1f}" for ms in r.ms[: len(steps.parts)]),
+                    *(f"{ms:.1f}" for ms in steps.shown(r.ms)),
                     *(f"{r.waited_ms:.1f}", f"{r.imbalance_ms:.1f}", f"{r.caused_ms:.1f}"),
                 )
                 for r in found.requests
@@ -75,14 +75,14 @@ def wide_ep_html(found: WideEpAnswer) -> str:
     return page(f"wide-ep, run {found.run_id}", parts)
 
 
-def _phases(shares: list[Share], parts: Sequence[str]) -> alt.Chart:
-    names = [*parts, "waited"]
+def _phases(steps: StepsAnswer) -> alt.Chart:
+    names = [*steps.parts, "waited"]
     rows = [
         {"rank": share.rank, "node": share.node, "part": part, "ms": round(ms, 3)}
-        for share in shares
-        for part, ms in zip(names, [*share.ms[: len(parts)], share.waited_ms], strict=True)
+        for share in steps.by_rank
+        for part, ms in zip(names, [*steps.shown(share.ms), share.waited_ms], strict=True)
     ]
-    return _map(rows, "rank", "part", "ms", names, len(shares), "Mean ms per step, by rank and phase")
+    return _map(rows, "rank", "part", "ms", names, len(steps.by_rank), "Mean ms per step, by rank and phase")
 
 
 def _experts(steps: StepsAnswer) -> alt.Chart:
@@ -120,13 +120,13 @@ def _map(
     return chart
 
 
-def _shares(kind: str, shares: list[Share], parts: Sequence[str]) -> str:
+def _shares(kind: str, shares: list[Share], steps: StepsAnswer) -> str:
     return table(
-        [kind, "node", "pod", "steps", "tokens", "step", *parts, "waited", "dummy steps", "padded tokens"],
+        [kind, "node", "pod", "steps", "tokens", "step", *steps.parts, "waited", "dummy steps", "padded tokens"],
         [
             (
                 *(share.node if share.rank is None else str(share.rank), share.node, share.pod, str(share.steps)),
-                *(f"{share.tokens}", f"{share.step_ms:.2f}", *(f"{ms:.2f}" for ms in share.ms[: len(parts)])),
+                *(f"{share.tokens}", f"{share.step_ms:.2f}", *(f"{ms:.2f}" for ms in steps.shown(share.ms))),
                 *(f"{share.waited_ms:.2f}", str(share.dummy), str(share.padded)),
             )
             for share in shares

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtrace.scenarios.text import check_text
-from llmtrace.scenarios.wide_ep.answer import WideEpAnswer
+from llmtrace.scenarios.wide_ep.answer import StepsAnswer, WideEpAnswer
 from llmtrace.scenarios.wide_ep.breakdown import Share
 from llmtrace.scenarios.wide_ep.experts import ExpertLoad
 from llmtrace.scenarios.wide_ep.requests import RequestSteps
@@ -30,11 +30,11 @@ def answer_text(found: WideEpAnswer) -> Iterator[RenderableType]:
         yield Text(f"{steps.on_demand} more were traced for slow requests, and count for requests only", style="dim")
     yield Text()
     yield Text("Where do the steps spend their time?  (mean ms per step)", style="bold")
-    yield _shares("rank", [str(share.rank) for share in steps.by_rank], steps.by_rank[:MOST_RANKS], steps.parts)
+    yield _shares("rank", [str(share.rank) for share in steps.by_rank], steps.by_rank[:MOST_RANKS], steps)
     if len(steps.by_rank) > MOST_RANKS:
         yield Text(f"... and {len(steps.by_rank) - MOST_RANKS} more ranks (--json or --html)", style="dim")
     if len(steps.by_node) > 1:
-        yield _shares("node", [share.node for share in steps.by_node], steps.by_node, steps.parts)
+        yield _shares("node", [share.node for share in steps.by_node], steps.by_node, steps)
     for layer in steps.layers[:MOST_LAYERS]:
         yield Text(
             f"MoE layer {layer.layer} was the slowest of a rank's step {layer.times} times, {layer.ms:.2f} ms each"
@@ -49,7 +49,7 @@ def answer_text(found: WideEpAnswer) -> Iterator[RenderableType]:
     yield Text()
     paid = "Which requests paid for it?  (ms, summed over their traced steps; caused: by tokens, not by experts)"
     yield Text(paid, style="bold")
-    yield _requests(found.requests[:MOST_REQUESTS], steps.parts)
+    yield _requests(found.requests[:MOST_REQUESTS], steps)
     yield Text()
     yield Text("Do the sources agree?", style="bold")
     for check in found.checks:
@@ -70,16 +70,16 @@ def _numbers(*names: str) -> Table:
     return table
 
 
-def _shares(kind: str, names: Sequence[str], shares: Sequence[Share], parts: Sequence[str]) -> Table:
+def _shares(kind: str, names: Sequence[str], shares: Sequence[Share], steps: StepsAnswer) -> Table:
     pods = any(share.pod for share in shares)
-    table = _numbers(kind, "node", *(["pod"] if pods else []), "step", *parts, "waited", "dummy", "padded tokens")
+    table = _numbers(kind, "node", *(["pod"] if pods else []), "step", *steps.parts, "waited", "dummy", "padded tokens")
     for name, share in zip(names, shares, strict=False):
         table.add_row(
             name,
             share.node,
             *([share.pod] if pods else []),
             f"{share.step_ms:.2f}",
-            *(f"{ms:.2f}" for ms in share.ms[: len(parts)]),
+            *(f"{ms:.2f}" for ms in steps.shown(share.ms)),
             f"{share.waited_ms:.2f}",
             f"{share.dummy / share.steps:.0%}",
             f"{share.padded:,}",
@@ -113,9 +113,9 @@ def _experts(load: ExpertLoad | None) -> Iterator[RenderableType]:
     yield Text(f"most tokens: {top}")
 
 
-def _requests(found: Sequence[RequestSteps], parts: Sequence[str]) -> Table:
+def _requests(found: Sequence[RequestSteps], steps: StepsAnswer) -> Table:
     table = _numbers(
-        "trace", "tenant", "rank", "steps", "on demand", "in steps", *parts, "waited", "imbalance", "caused"
+        "trace", "tenant", "rank", "steps", "on demand", "in steps", *steps.parts, "waited", "imbalance", "caused"
     )
     for each in found:
         table.add_row(
@@ -125,7 +125,7 @@ def _requests(found: Sequence[RequestSteps], parts: Sequence[str]) -> Table:
             str(each.prefill_steps + each.decode_steps),
             str(each.on_demand),
             f"{each.step_ms:.1f}",
-            *(f"{ms:.1f}" for ms in each.ms[: len(parts)]),
+            *(f"{ms:.1f}" for ms in steps.shown(each.ms)),
             f"{each.waited_ms:.1f}",
             f"{each.imbalance_ms:.1f}",
             f"{each.caused_ms:.1f}",
