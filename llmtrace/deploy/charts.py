@@ -1,4 +1,4 @@
-"""Bring Helm charts into a cluster with helm: releases at a version, with values, rolled back where they do not get ready."""
+"""Bring Helm charts into a cluster: releases at a version, with values, that go back where they do not get ready."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def client(program: str, kubeconfig: Path) -> Client:
     """Helm with a kubeconfig; UserError where it is not there."""
     if shutil.which(program) is None:
         raise UserError(
-            f"{program} does not exist: build it with `ansible-playbook playbooks/kubernetes.yml --tags helm`, make the "
-            "bundle again, or set cluster_helm to the path of helm"
+            f"{program} does not exist: build it with `ansible-playbook playbooks/kubernetes.yml --tags helm`, or set "
+            "cluster_helm to the path of helm"
         )
     return Client(executable=program, kubeconfig=kubeconfig)
 

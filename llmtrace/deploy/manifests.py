@@ -80,7 +80,7 @@ def apply(kubectl: Kubectl, text: str) -> None:
 
 
 def workloads(text: str, namespace: str = "default") -> list[tuple[str, str, str]]:
-    """Kind, namespace and name of everything in ``text`` that runs pods; what names no namespace is in ``namespace``."""
+    """Kind, namespace and name of everything in ``text`` that runs pods; ``namespace`` is of what names none."""
     return [
         (found["kind"], found["metadata"].get("namespace", namespace), found["metadata"]["name"])
         for found in yaml.safe_load_all(text)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ import yaml
 from kubernetes_plane import ADMIN, Plane, control_plane, program
 from loopback import until
 
-from llmtrace.deploy.playbook import playbooks_dir
+from llmtrace.deploy.playbook import CHECKOUT, playbooks_dir
 
 MODULE = playbooks_dir() / "plugins/modules/llmtrace_chart.py"
 NAMESPACE = "charts"
@@ -179,3 +180,46 @@ def test_a_chart_that_cannot_be_had_is_a_sentence(charts: Charts) -> None:
     assert answer["failed"]
     assert answer["msg"].startswith("three: helm failed: ")
     assert charts.revisions("three") == 0
+
+
+def test_the_playbook_brings_what_the_inventory_names_and_then_nothing(charts: Charts) -> None:
+    """Definitions of custom resources from their Go module, and a release from a bundle."""
+    bundle = charts.folder / "bundle"
+    (bundle / "charts").mkdir(parents=True)
+    chart, to = charts.folder / "0.1.0" / "greeter", bundle / "charts"
+    subprocess.run([program("helm", "helm"), "package", chart, "--destination", to], check=True, capture_output=True)
+    versions = yaml.safe_load((playbooks_dir() / "vars" / "versions.yml").read_text())
+    release = {"chart": "oci://registry.invalid/greeter", "version": "0.1.0", "namespace": NAMESPACE}
+    variables = {
+        "bundle": str(bundle),
+        "cluster_kubeconfig": str(charts.plane.kubeconfig(ADMIN)),
+        "cluster_kubectl": program("kubernetes", "kubectl"),
+        "cluster_charts": ["four", "gateway-api"],
+        "cluster_chart_values": {"four": {"greeting": "good night"}},
+        "cluster_charts_timeout_s": TIMEOUT_S,
+        "charts": {"gateway-api": versions["charts"]["gateway-api"], "four": release},
+    }
+    inventory = charts.folder / "inventory.json"
+    inventory.write_text(json.dumps({"kubernetes": {"hosts": {"prod": {}}}}))
+
+    def changes() -> int:
+        done = subprocess.run(
+            [
+                Path(sys.executable).parent / "ansible-playbook",
+                f"--inventory={inventory}",
+                playbooks_dir() / "site.yml",
+                f"--extra-vars={json.dumps(variables)}",
+            ],
+            env=os.environ | {"ANSIBLE_CONFIG": str(CHECKOUT / "ansible.cfg")},
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return int(re.findall(r"prod: ok=\d+, changed=(\d+)", done.stdout)[0])
+
+    assert changes() >= 2
+    assert charts.greeting("four") == "good night"
+    assert charts.plane.serves("/apis/gateway.networking.k8s.io/v1/httproutes")
+    assert changes() == 0

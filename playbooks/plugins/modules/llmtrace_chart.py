@@ -14,10 +14,10 @@ DOCUMENTATION = r"""
 module: llmtrace_chart
 short_description: Bring a release to a chart's version, with values, and wait until its pods are ready
 description:
-  - Installs or upgrades where chart, version or values are others than those of the release's current revision, or where that one
-    failed. The files of a chart that has the same version are not compared.
-  - What does not get ready in time is named, with its pod's reason, and the release goes back to the last revision that worked; a first
-    one is removed.
+  - Installs or upgrades where chart, version or values are others than those of the release's current revision, or
+    where that one failed. The files of a chart that has the same version are not compared.
+  - What does not get ready in time is named, with its pod's reason, and the release goes back to the last revision that
+    worked; a first one is removed.
   - A release that an interrupted helm left pending is brought back before, or removed where it was the first.
   - With C(--diff), shows the chart's objects before and after. What Secrets hold is not shown.
 options:
@@ -42,7 +42,7 @@ options:
     type: str
     required: true
   chart:
-    description: Path of a packaged chart or of its folder, an address with oci:// or https://, or a name in I(repository).
+    description: Path of a packaged chart or of its folder, an address (oci://, https://), or a name in I(repository).
     type: str
     required: true
   repository:
