@@ -47,7 +47,7 @@ check: .venv/.synced ## Lint, types, playbooks, shell (no stack needed)
 test-unit: .venv/.synced ## Unit and contract tests only (seconds)
 	$(RUN) pytest tests/unit tests/contract
 
-kubernetes: .venv/.synced ## Build the control plane that tests run: etcd, kube-apiserver, kube-controller-manager (minutes, once)
+kubernetes: .venv/.synced ## Build the control plane that tests run (etcd, kube-apiserver, kube-controller-manager), and helm (minutes, once)
 	@$(RUN) ansible-playbook playbooks/kubernetes.yml
 
 test-local: kubernetes ## Tests against the real local stack (stands it up first)

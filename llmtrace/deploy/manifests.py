@@ -17,6 +17,7 @@ from llmtrace.errors import UserError
 WORKLOADS = {"Deployment", "StatefulSet", "DaemonSet"}
 POLL_S = 2.0
 REQUEST_TIMEOUT_S = 60
+TRY_AGAIN = "Repair that and run the playbook again, or raise the timeout"
 _IN_ORDER = {"PodInitializing", "ContainerCreating"}
 
 Object = Mapping[str, Any]
@@ -78,10 +79,10 @@ def apply(kubectl: Kubectl, text: str) -> None:
     kubectl.must(["apply", "--server-side", "--filename=-"], text)
 
 
-def workloads(text: str) -> list[tuple[str, str, str]]:
-    """Kind, namespace and name of everything in ``text`` that runs pods."""
+def workloads(text: str, namespace: str = "default") -> list[tuple[str, str, str]]:
+    """Kind, namespace and name of everything in ``text`` that runs pods; ``namespace`` is of what names none."""
     return [
-        (found["kind"], found["metadata"].get("namespace", "default"), found["metadata"]["name"])
+        (found["kind"], found["metadata"].get("namespace", namespace), found["metadata"]["name"])
         for found in yaml.safe_load_all(text)
         if found and found.get("kind") in WORKLOADS
     ]
@@ -125,16 +126,16 @@ def reason(pod: Object) -> str | None:
     return f"it is {status.get('phase', 'unknown')}"
 
 
-def waiting_for(kubectl: Kubectl, text: str) -> list[str]:
+def waiting_for(kubectl: Kubectl, text: str, namespace: str = "default") -> list[str]:
     """A sentence for each workload of ``text`` that is not ready, with the reason of one of its pods."""
     sentences = []
-    wanted = workloads(text)
+    wanted = workloads(text, namespace)
     found = {
         (each["kind"], each["metadata"]["namespace"], each["metadata"]["name"]): each
         for each in kubectl.objects("deployments,statefulsets,daemonsets", "--all-namespaces")
     }
-    for kind, namespace, name in wanted:
-        workload = found.get((kind, namespace, name))
+    for kind, home, name in wanted:
+        workload = found.get((kind, home, name))
         ready, all_pods = progress(workload) if workload else (0, 1)
         if workload and ready >= all_pods:
             continue
@@ -142,22 +143,18 @@ def waiting_for(kubectl: Kubectl, text: str) -> list[str]:
         if workload:
             labels = workload["spec"]["selector"].get("matchLabels", {})
             selector = ",".join(f"{key}={value}" for key, value in labels.items())
-            pods = kubectl.objects("pods", f"--namespace={namespace}", f"--selector={selector}")
+            pods = kubectl.objects("pods", f"--namespace={home}", f"--selector={selector}")
             reasons = [f"{pod['metadata']['name']}: {words}" for pod in pods if (words := reason(pod))]
             why = reasons[0] if reasons else "its controller has made no pod yet"
-        sentences.append(f"{kind} {namespace}/{name} has {ready} of {all_pods} pods ready ({why})")
+        sentences.append(f"{kind} {home}/{name} has {ready} of {all_pods} pods ready ({why})")
     return sentences
 
 
-def wait(kubectl: Kubectl, text: str, timeout_s: float) -> float:
+def wait(kubectl: Kubectl, text: str, timeout_s: float, namespace: str = "default") -> float:
     """Wait until every workload of ``text`` is ready; return the seconds it took. UserError says what is not."""
     started = time.monotonic()
-    while sentences := waiting_for(kubectl, text):
+    while sentences := waiting_for(kubectl, text, namespace):
         if time.monotonic() - started > timeout_s:
-            raise UserError(
-                f"after {timeout_s:.0f} s "
-                + "; ".join(sentences)
-                + ". Repair that and run the playbook again, or raise the timeout"
-            )
+            raise UserError(f"after {timeout_s:.0f} s {'; '.join(sentences)}. {TRY_AGAIN}")
         time.sleep(POLL_S)
     return time.monotonic() - started

@@ -46,6 +46,20 @@ def test_what_is_wrong_is_a_sentence(tmp_path: Path, inventory: dict[str, Any], 
     assert words in refusal(tmp_path, {**inventory, "all": {"vars": {"bundle": "/nowhere"}}})
 
 
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        (
+            {"cluster_charts": ["keda", "kda"]},
+            "cluster_charts has kda, and playbooks/vars/versions.yml knows gateway-api,",
+        ),
+        ({"cluster_charts": ["keda"], "cluster_helm": "/nowhere/helm"}, "There is no /nowhere/helm: build helm with"),
+    ],
+)
+def test_charts_that_cannot_be_installed_are_refused(tmp_path: Path, variables: dict[str, Any], words: str) -> None:
+    assert words in refusal(tmp_path, {"kubernetes": {"hosts": {"prod": {}}}, "all": {"vars": variables}})
+
+
 def test_smoke_tests_of_a_cluster_say_what_does_not_answer(tmp_path: Path) -> None:
     address = f"http://127.0.0.1:{free_port()}"
     stack = {
