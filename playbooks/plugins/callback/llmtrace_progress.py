@@ -15,7 +15,8 @@ short_description: A line per task, with expected and elapsed times
 description:
   - Prints a line per task that ran, with the time since the start.
   - Skipped tasks and argument checks are not shown.
-  - A task with the variable C(expected_seconds) is announced with that time.
+  - A task with the variable C(expected_seconds) is announced with that time, or, where it is null, as one that takes long.
+    It is a plain number, for variables have no values yet when a task is announced.
   - Its elapsed time is shown every 10 seconds.
   - A failure is shown as its message alone; C(-v) adds the whole result.
 extends_documentation_fragment: [result_format_callback]
@@ -51,9 +52,11 @@ class Heartbeat(threading.Thread):
         started = time.monotonic()
         if self.ended.wait(ANNOUNCE_AFTER_S):
             return
-        self.say(f"{'start':8} {self.title} (about {self.expected_s:.0f} s)")
+        known = self.expected_s is not None
+        self.say(f"{'start':8} {self.title} ({f'about {self.expected_s:.0f} s' if known else 'minutes'})")
+        of = f" of about {self.expected_s:.0f} s" if known else ""
         while not self.ended.wait(HEARTBEAT_S):
-            self.say(f"{'...':8} {self.title}: {time.monotonic() - started:.0f} s of about {self.expected_s:.0f} s")
+            self.say(f"{'...':8} {self.title}: {time.monotonic() - started:.0f} s{of}")
 
     def end(self):
         """End the heartbeat."""
@@ -95,7 +98,7 @@ class CallbackModule(CallbackBase):
         self.task_started = time.monotonic()
         self.said = False
         if "expected_seconds" in task.vars:
-            self.heartbeat = Heartbeat(self.say, task.get_name(), float(task.vars["expected_seconds"]))
+            self.heartbeat = Heartbeat(self.say, task.get_name(), task.vars["expected_seconds"])
             self.heartbeat.start()
 
     def v2_playbook_on_handler_task_start(self, task):
