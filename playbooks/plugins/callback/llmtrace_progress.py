@@ -15,7 +15,7 @@ short_description: A line per task, with expected and elapsed times
 description:
   - Prints a line per task that ran, with the time since the start.
   - Skipped tasks and argument checks are not shown.
-  - A task with the variable C(expected_seconds) is announced with that time, or, where it is null, as one that takes long.
+  - A task with the variable C(expected_seconds) is announced with that time; where it is null, as one of minutes.
     It is a plain number, for variables have no values yet when a task is announced.
   - Its elapsed time is shown every 10 seconds.
   - A failure is shown as its message alone; C(-v) adds the whole result.
