@@ -104,3 +104,10 @@ def test_a_bundle_that_lacks_an_image(cluster: Cluster, tmp_path: Path) -> None:
     lost = next((tmp_path / "bundle/images").glob("*coredns*"))
     lost.unlink()
     refused(cluster, f"lacks images/{lost.name}, which its bundle.json lists", bundle=str(tmp_path / "bundle"))
+
+
+def test_an_upgrade_of_hosts_that_are_no_nodes(cluster: Cluster) -> None:
+    played = cluster.play("upgrade.yml")
+    assert played.code != 0
+    assert "gpu-1 is no node of a running cluster, as cp-1 sees it" in played.words
+    assert "bring it there with site.yml, then upgrade" in played.words
