@@ -7,11 +7,12 @@ from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
+from loopback import until
 from opentelemetry import metrics
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from test_engine_steps import RANK, moe_config, record_of, sender, spans_of, until
+from test_engine_steps import RANK, WAIT_S, moe_config, record_of, sender, spans_of
 
 from llmtrace.engine.hooks import Guard
 from llmtrace.engine.steps import worker
@@ -120,7 +121,7 @@ def test_the_span_of_a_step_has_the_device_s_times(cuda: Cuda) -> None:
     record = a_step(cuda, clock)
     each, exporter = sender(clock, RANK)  # type: ignore[arg-type]
     each.send(record)
-    until(lambda: record.end.looks > 1)
+    until(lambda: record.end.looks > 1, "a second look at the marks", WAIT_S)
     assert exporter.get_finished_spans() == ()
     cuda.done_ms = cuda.launched_ms
     (span,) = spans_of(exporter, 1)

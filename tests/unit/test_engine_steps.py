@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 from engine_fakes import SAMPLED, UNSAMPLED, Request, Scheduler, Step, Store
 from hypothesis import given
 from hypothesis import strategies as st
+from loopback import until
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan
@@ -34,6 +35,7 @@ from llmtrace.engine.steps.totals import MOST_EXPERT_SERIES, Totals
 from llmtrace.engine.steps.worker import StepWorker, expert_tokens, is_wanted, rank_of
 from llmtrace.semconv import attributes as names
 
+WAIT_S = 30.0
 RANK = Rank(world=1, ranks=2, dp=1, tp=0, ep=1, node="node-a", all2all="deepep_low_latency")
 
 
@@ -701,15 +703,8 @@ def record_of(number: int, callers: tuple[str, ...] = ()) -> Record:
 
 
 def spans_of(exporter: InMemorySpanExporter, count: int) -> tuple[ReadableSpan, ...]:
-    until(lambda: len(exporter.get_finished_spans()) >= count)
+    until(lambda: len(exporter.get_finished_spans()) >= count, f"{count} spans", WAIT_S)
     return exporter.get_finished_spans()
-
-
-def until(true: Callable[[], bool], wait_s: float = 30.0) -> None:
-    deadline = time.monotonic() + wait_s
-    while not true():
-        assert time.monotonic() < deadline, "it never comes"
-        time.sleep(0.005)
 
 
 def test_spans_of_all_ranks_are_roots_of_one_trace() -> None:
@@ -733,7 +728,7 @@ def test_a_step_is_sent_when_the_device_has_come_to_its_end() -> None:
     clock.device = 10.0
     each, exporter = sender(clock)
     each.send(record_of(5))
-    until(lambda: clock.looks > 1)
+    until(lambda: clock.looks > 1, "a second look at the marks", WAIT_S)
     assert exporter.get_finished_spans() == ()
     clock.device = 12.5
     spans_of(exporter, 1)
